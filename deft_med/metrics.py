@@ -1,0 +1,165 @@
+"""How far a reconstruction is from its reference, and from its data. The range and the region are always named.
+
+Arrays are numpy. Images are (row, column) or (slice, row, column); a mask has the image's shape and selects the pixels that count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import ndimage
+from scipy.special import stdtrit
+
+CT_CLIP = (-1000.0, 1000.0)
+"""HU to which both sides are clipped before a CT metric; its length is the data range."""
+
+_SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5  # the 11 x 11 Gaussian window of Wang et al. 2004
+
+
+def psnr(x: ArrayLike, ref: ArrayLike, *, data_range: float, mask: ArrayLike | None = None) -> float:
+    """Peak signal-to-noise ratio in dB, 10 log10(data_range^2 / mean |x - ref|^2); infinite for equal images, NaN for an empty mask."""
+    x, ref, region = _pair(x, ref, mask)
+    _check_range(data_range)
+    if not region.any():
+        return math.nan
+    error = float(np.mean(np.abs(x - ref)[region] ** 2))
+    return math.inf if error == 0 else 10 * math.log10(data_range**2 / error)
+
+
+def ssim(x: ArrayLike, ref: ArrayLike, *, data_range: float, mask: ArrayLike | None = None) -> float:
+    """Structural similarity of two real images, the mean of its map over the pixels whose whole window lies in the image.
+
+    Gaussian window of 11 x 11 pixels, sigma 1.5, K = (0.01, 0.03), population covariance (Wang et al., IEEE TIP 13(4), 2004);
+    agrees with skimage's `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`.
+    Windows are two-dimensional: a stack is the mean over its slices' pixels. With a mask, the mean over the mask's pixels.
+    """
+    x, ref, region = _pair(x, ref, mask)
+    _check_range(data_range)
+    if np.iscomplexobj(x) or np.iscomplexobj(ref):
+        raise ValueError("ssim is for real images: pass magnitudes")
+    if min(x.shape[-2:]) <= 2 * _SSIM_RADIUS:
+        raise ValueError(f"ssim needs more than {2 * _SSIM_RADIUS} pixels a side, got {x.shape[-2:]}")
+
+    sigma = (0.0,) * (x.ndim - 2) + (_SSIM_SIGMA, _SSIM_SIGMA)
+
+    def blur(image: np.ndarray) -> np.ndarray:
+        return ndimage.gaussian_filter(image, sigma, truncate=_SSIM_RADIUS / _SSIM_SIGMA, mode="reflect")
+
+    mean_x, mean_ref = blur(x), blur(ref)
+    var_x, var_ref = blur(x * x) - mean_x**2, blur(ref * ref) - mean_ref**2
+    covariance = blur(x * ref) - mean_x * mean_ref
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    values = (2 * mean_x * mean_ref + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_ref**2 + c1) * (var_x + var_ref + c2))
+
+    inner = (..., slice(_SSIM_RADIUS, -_SSIM_RADIUS), slice(_SSIM_RADIUS, -_SSIM_RADIUS))
+    chosen = values[inner][region[inner]]
+    return float(chosen.mean()) if chosen.size else math.nan
+
+
+def nmse(x: ArrayLike, ref: ArrayLike, *, mask: ArrayLike | None = None) -> float:
+    """Normalised mean squared error, |x - ref|^2 / |ref|^2; real or complex."""
+    x, ref, region = _pair(x, ref, mask)
+    power = float(np.sum(np.abs(ref[region]) ** 2))
+    return float(np.sum(np.abs(x - ref)[region] ** 2)) / power if power > 0 else math.nan
+
+
+def chi2(residual: ArrayLike, sigma: ArrayLike) -> float:
+    """Mean of (residual / sigma)^2 over the measurements: expected 1 for the truth and for a posterior sample, less for a mean.
+
+    residual = y - A x; sigma is the noise's standard deviation per real component, a number or an array that broadcasts. A complex
+    measurement counts as two.
+    """
+    residual, sigma = np.asarray(residual), np.asarray(sigma, dtype=np.float64)
+    if not np.all(sigma > 0):
+        raise ValueError("chi2 needs sigma > 0")
+    total = np.abs(residual.astype(np.complex128 if np.iscomplexobj(residual) else np.float64)) ** 2 / sigma**2
+    return float(total.mean()) / (2 if np.iscomplexobj(residual) else 1)
+
+
+def coverage(mean: ArrayLike, std: ArrayLike, k: int, ref: ArrayLike, level: float = 0.9, mask: ArrayLike | None = None) -> float:
+    """The share of pixels whose reference lies within the prediction interval of k posterior samples; `level` when calibrated.
+
+    The interval is mean +- t_{k-1} sqrt(1 + 1/k) std with Student's t at `level` and the samples' standard deviation (ddof = 1).
+    """
+    if k < 2:
+        raise ValueError(f"an interval needs at least 2 samples, got {k}")
+    if not 0 < level < 1:
+        raise ValueError(f"level is between 0 and 1, got {level}")
+    mean, ref, region = _pair(mean, ref, mask)
+    half = float(stdtrit(k - 1, 0.5 + level / 2)) * math.sqrt(1 + 1 / k) * np.broadcast_to(np.asarray(std, np.float64), mean.shape)
+    return float(np.mean((np.abs(ref - mean) <= half)[region])) if region.any() else math.nan
+
+
+def body_mask(hu: ArrayLike, *, threshold: float = -500.0, opening: int = 2) -> np.ndarray:
+    """The patient in CT images (row, column) or (slice, row, column) in HU, slice by slice: without table and air, lungs filled.
+
+    The largest connected region above `threshold` after an opening by `opening` pixels (which parts the patient from a thin table), holes
+    filled. All False where nothing is above the threshold.
+    """
+    hu = np.asarray(hu)
+    if hu.ndim == 3:
+        return np.stack([body_mask(image, threshold=threshold, opening=opening) for image in hu]) if len(hu) else np.zeros(hu.shape, bool)
+    if hu.ndim != 2:
+        raise ValueError(f"body_mask needs (row, column) or (slice, row, column), got shape {hu.shape}")
+    above = hu > threshold
+    padded = np.pad(above, opening, mode="edge")  # a patient cut by the field of view must not be eroded at the edge
+    disk = np.hypot(*np.mgrid[-opening : opening + 1, -opening : opening + 1]) <= opening + 0.5
+    opened = ndimage.binary_opening(padded, disk)[tuple(slice(opening, opening + n) for n in above.shape)]
+    labels, count = ndimage.label(opened if opened.any() else above)
+    if not count:
+        return np.zeros(hu.shape, bool)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return ndimage.binary_fill_holes(labels == sizes.argmax())
+
+
+def ct_metrics(x: ArrayLike, ref: ArrayLike) -> dict[str, Any]:
+    """PSNR (dB) and SSIM of HU volumes (slice, row, column), both clipped to [-1000, 1000] HU, range 2000 HU, per slice.
+
+    Returns {"psnr", "ssim", "psnr_body", "ssim_body": one number per slice (full frame, and inside the reference's body mask; NaN where a
+    slice has no body), "mean": {...}, "sd": {...}} with mean and standard deviation over slices.
+    """
+    x, ref = np.asarray(x, np.float64), np.asarray(ref, np.float64)
+    if x.ndim != 3 or x.shape != ref.shape:
+        raise ValueError(f"ct_metrics needs two (slice, row, column) volumes of one shape, got {x.shape} and {ref.shape}")
+    low, high = CT_CLIP
+    result: dict[str, Any] = {"psnr": [], "ssim": [], "psnr_body": [], "ssim_body": []}
+    for image, truth in zip(np.clip(x, low, high), np.clip(ref, low, high)):
+        body = body_mask(truth)
+        for suffix, mask in (("", None), ("_body", body)):
+            result["psnr" + suffix].append(psnr(image, truth, data_range=high - low, mask=mask))
+            result["ssim" + suffix].append(ssim(image, truth, data_range=high - low, mask=mask))
+    summary = {name: mean_sd(values) for name, values in result.items()}
+    result["mean"] = {name: mean for name, (mean, _) in summary.items()}
+    result["sd"] = {name: sd for name, (_, sd) in summary.items()}
+    return result
+
+
+def mean_sd(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (ddof = 1; NaN for one value) of the values that are not NaN."""
+    kept = np.asarray([v for v in values if not math.isnan(v)], np.float64)
+    if not kept.size:
+        return math.nan, math.nan
+    if np.isinf(kept).any():
+        return float(kept.mean()), math.nan
+    return float(kept.mean()), float(kept.std(ddof=1)) if kept.size > 1 else math.nan
+
+
+def _pair(x: ArrayLike, ref: ArrayLike, mask: ArrayLike | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x, ref = np.asarray(x), np.asarray(ref)
+    if x.shape != ref.shape:
+        raise ValueError(f"image and reference differ in shape: {x.shape} and {ref.shape}")
+    region = np.ones(x.shape, bool) if mask is None else np.asarray(mask)
+    if region.dtype != bool or region.shape != x.shape:
+        raise ValueError(f"the mask must be boolean and of the image's shape {x.shape}, got {region.dtype} {region.shape}")
+    kind = np.complex128 if np.iscomplexobj(x) or np.iscomplexobj(ref) else np.float64
+    return x.astype(kind), ref.astype(kind), region
+
+
+def _check_range(data_range: float) -> None:
+    if not (math.isfinite(data_range) and data_range > 0):
+        raise ValueError(f"data_range must be positive, got {data_range}")

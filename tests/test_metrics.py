@@ -1,0 +1,142 @@
+"""Closed forms for every metric, and skimage's SSIM as a witness."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from deft_med import metrics
+
+
+@pytest.fixture()
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def disk(shape: tuple[int, int], centre: tuple[float, float], radius: float) -> np.ndarray:
+    row, column = np.mgrid[: shape[0], : shape[1]]
+    return np.hypot(row - centre[0], column - centre[1]) <= radius
+
+
+def test_psnr_of_a_known_offset(rng: np.random.Generator) -> None:
+    ref = rng.normal(size=(3, 17, 21))
+    assert metrics.psnr(ref + 0.2, ref, data_range=2) == pytest.approx(20.0)
+    assert metrics.psnr(ref, ref, data_range=2) == math.inf
+    mask = np.zeros(ref.shape, bool)
+    mask[0] = True
+    x = ref.copy()
+    x[0] += 0.02
+    x[1] += 50
+    assert metrics.psnr(x, ref, data_range=2, mask=mask) == pytest.approx(40.0)
+    assert math.isnan(metrics.psnr(x, ref, data_range=2, mask=np.zeros(ref.shape, bool)))
+    z = ref + 1j * ref
+    assert metrics.psnr(z + (0.12 + 0.16j), z, data_range=2) == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("shape", [(33, 40), (64, 51)])
+def test_ssim_agrees_with_skimage(rng: np.random.Generator, shape: tuple[int, int]) -> None:
+    skimage_metrics = pytest.importorskip("skimage.metrics")
+    ref = 1000 * rng.random(shape)
+    x = ref + 100 * rng.normal(size=shape)
+    settings = dict(data_range=2000, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    expected, full = skimage_metrics.structural_similarity(x, ref, full=True, **settings)
+    assert metrics.ssim(x, ref, data_range=2000) == pytest.approx(expected, abs=1e-12)
+    mask = np.zeros(shape, bool)
+    mask[10:20, 12:18] = True
+    assert metrics.ssim(x, ref, data_range=2000, mask=mask) == pytest.approx(full[mask].mean(), abs=1e-12)
+    assert metrics.ssim(np.stack([x, ref]), np.stack([ref, ref]), data_range=2000) == pytest.approx((expected + 1) / 2, abs=1e-12)
+
+
+def test_ssim_of_constants_is_its_luminance_term() -> None:
+    a, b = np.full((16, 16), 0.3), np.full((16, 16), 0.5)
+    c1 = 0.01**2
+    assert metrics.ssim(a, b, data_range=1) == pytest.approx((2 * 0.15 + c1) / (0.09 + 0.25 + c1))
+    assert math.isnan(metrics.ssim(a, b, data_range=1, mask=np.zeros((16, 16), bool)))
+
+
+def test_nmse_and_chi2(rng: np.random.Generator) -> None:
+    ref = rng.normal(size=(9, 8)) + 1j * rng.normal(size=(9, 8))
+    assert metrics.nmse(1.1 * ref, ref) == pytest.approx(0.01)
+    assert math.isnan(metrics.nmse(np.ones(3), np.zeros(3)))
+    sigma = np.linspace(0.5, 2, 200)
+    noise = rng.normal(size=(500, 200)) * sigma
+    assert metrics.chi2(noise, sigma) == pytest.approx(1, abs=4 * math.sqrt(2 / noise.size))
+    assert metrics.chi2(np.full(7, 3.0), 1.5) == pytest.approx(4)
+    assert metrics.chi2(noise + 1j * noise, sigma) == pytest.approx(metrics.chi2(noise, sigma))
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+@pytest.mark.parametrize("level", [0.5, 0.9])
+def test_coverage_of_true_samples_is_the_level(rng: np.random.Generator, k: int, level: float) -> None:
+    draws = 3 + 2 * rng.normal(size=(k + 1, 40_000))
+    samples, truth = draws[:k], draws[k]
+    found = metrics.coverage(samples.mean(0), samples.std(0, ddof=1), k, truth, level)
+    assert found == pytest.approx(level, abs=4 * math.sqrt(level * (1 - level) / truth.size))
+
+
+def test_body_mask_keeps_the_patient_fills_the_lungs_and_drops_the_table() -> None:
+    hu = np.full((128, 128), -1000.0)
+    body = disk(hu.shape, (56, 64), 40)
+    hu[body] = 40
+    hu[disk(hu.shape, (56, 48), 12)] = -850  # a lung
+    hu[97:99, 10:118] = 100  # a thin table, touching the patient
+    mask = metrics.body_mask(hu)
+    assert (mask & body).sum() > 0.995 * body.sum()
+    assert (mask & ~body).sum() < 0.01 * body.sum()
+    assert not mask[97:, :40].any()
+    assert np.array_equal(metrics.body_mask(np.stack([hu, hu - 2000])), np.stack([mask, np.zeros_like(mask)]))
+
+
+def test_body_mask_reaches_the_edge_of_a_cut_out() -> None:
+    assert metrics.body_mask(np.full((20, 31), 30.0)).all()
+    assert metrics.body_mask(np.full((0, 20, 31), 30.0)).shape == (0, 20, 31)
+    thin = np.full((20, 31), -1000.0)
+    thin[10] = 0
+    assert np.array_equal(metrics.body_mask(thin), thin == 0)
+
+
+def test_ct_metrics_clips_both_sides_and_averages_over_slices(rng: np.random.Generator) -> None:
+    ref = np.full((3, 48, 48), -2000.0)
+    ref[:2, 8:40, 8:40] = 50
+    ref[0, 20:24, 20:24] = 3000
+    x = ref.copy()
+    x[0, 20:24, 20:24] = 1500  # metal: above the clip on both sides
+    x[1, 8:40, 8:40] += 20
+    found = metrics.ct_metrics(x, ref)
+    assert found["psnr"][0] == math.inf and found["psnr"][2] == math.inf
+    assert found["psnr_body"][1] == pytest.approx(20 * math.log10(2000 / 20))
+    assert found["psnr"][1] == pytest.approx(20 * math.log10(2000 / 20) + 10 * math.log10(48**2 / 32**2))
+    assert math.isnan(found["psnr_body"][2]) and math.isnan(found["ssim_body"][2])
+    assert found["mean"]["ssim_body"] == pytest.approx(np.mean(found["ssim_body"][:2]))
+    assert found["sd"]["ssim"] == pytest.approx(np.std(found["ssim"], ddof=1))
+
+
+def test_mean_sd() -> None:
+    assert metrics.mean_sd([1.0, 3.0, math.nan]) == (2.0, pytest.approx(math.sqrt(2)))
+    assert math.isnan(metrics.mean_sd([5.0])[1]) and math.isnan(metrics.mean_sd([])[0])
+
+
+def test_refusals() -> None:
+    a = np.zeros((16, 16))
+    with pytest.raises(ValueError, match="differ in shape"):
+        metrics.psnr(a, a[1:], data_range=1)
+    with pytest.raises(ValueError, match="mask must be boolean"):
+        metrics.psnr(a, a, data_range=1, mask=a)
+    with pytest.raises(ValueError, match="data_range must be positive"):
+        metrics.psnr(a, a, data_range=0)
+    with pytest.raises(ValueError, match="for real images"):
+        metrics.ssim(a * 1j, a, data_range=1)
+    with pytest.raises(ValueError, match="more than 10 pixels"):
+        metrics.ssim(a[:10], a[:10], data_range=1)
+    with pytest.raises(ValueError, match="sigma > 0"):
+        metrics.chi2(a, 0)
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        metrics.coverage(a, a, 1, a)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        metrics.coverage(a, a, 2, a, 1.0)
+    with pytest.raises(ValueError, match="body_mask needs"):
+        metrics.body_mask(a[0])
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.ct_metrics(a, a)
