@@ -1,0 +1,222 @@
+"""Scanner geometry as frozen values, in mm and rad, and the one place that says where a ray runs.
+
+The formulas are those of ODL's `Parallel2dGeometry` and `FanBeamGeometry`; `operators.odl_bridge` converts both ways and a test
+holds the two equal to 1e-12. They are carried here because importing ODL takes seconds and changes global settings, which a command
+that reconstructs one slice should not pay for.
+
+In the scanner plane +x = column index up and +y = row index up; the isocentre is the centre of the grid. At angle theta the detector
+axis is e = (cos theta, sin theta) and rays run from source to detector along d = (-sin theta, cos theta).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray  # float64
+
+
+def uniform_angles(views: int, coverage: float = math.pi, start: float = 0.0) -> tuple[float, ...]:
+    """`views` equal steps over the half-open range [start, start + coverage) rad."""
+    if int(views) != views or views < 1:
+        raise ValueError(f"views must be a positive whole number, got {views!r}")
+    return tuple(start + coverage * k / int(views) for k in range(int(views)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A pixel grid centred on the isocentre.
+
+    Attributes:
+        shape: (rows ny, columns nx).
+        spacing: (dy, dx) in mm.
+
+    Raises:
+        ValueError: a count below one, a length that is not positive and finite, or not two of each.
+    """
+
+    shape: tuple[int, int]
+    spacing: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(_count("Grid.shape", n) for n in _pair("Grid.shape", self.shape)))
+        object.__setattr__(self, "spacing", tuple(_length("Grid.spacing", s) for s in _pair("Grid.spacing", self.spacing)))
+
+    @property
+    def x(self) -> Array:
+        """Column centres in mm (nx,)."""
+        return (np.arange(self.shape[1]) - (self.shape[1] - 1) / 2) * self.spacing[1]
+
+    @property
+    def y(self) -> Array:
+        """Row centres in mm (ny,)."""
+        return (np.arange(self.shape[0]) - (self.shape[0] - 1) / 2) * self.spacing[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelBeam:
+    """Parallel rays, one detector row turning about the isocentre.
+
+    Attributes:
+        angles: view angles in rad, any order and spacing.
+        detectors: number of detector bins.
+        pitch: distance between bin centres in mm.
+        offset: position of the detector's centre along its axis in mm.
+
+    Raises:
+        ValueError: a count below one, no angles, or a value that is not finite (or positive, for pitch).
+    """
+
+    angles: tuple[float, ...]
+    detectors: int
+    pitch: float
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_detector(self)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(views, detectors)."""
+        return len(self.angles), self.detectors
+
+    def positions(self, subrays: int = 1) -> Array:
+        """Detector positions along the axis in mm (detectors * subrays,); sub-rays share a bin's width evenly."""
+        return _positions(self, subrays)
+
+    def rays(self, views: slice = slice(None), subrays: int = 1) -> tuple[Array, Array]:
+        """A point on each ray in mm and its unit direction, both (views, detectors * subrays, 2) as (x, y)."""
+        e, d = _frame(self.angles[views])
+        points = self.positions(subrays)[None, :, None] * e[:, None, :]
+        return points, np.broadcast_to(d[:, None, :], points.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FanBeam:
+    """Rays from a point source on a circle to a flat or curved detector.
+
+    The source stands at R_s (sin theta, -cos theta). A curved detector is an arc about the source, so its bins are equal angles
+    pitch / (R_s + R_d); `pitch` and `offset` are lengths along the detector's surface.
+
+    Attributes:
+        angles: source angles in rad, any order and spacing.
+        detectors: number of detector bins.
+        pitch: distance between bin centres along the detector, at the detector, in mm.
+        source_origin: source to isocentre, R_s, in mm.
+        origin_detector: isocentre to detector, R_d, in mm (0 is a detector through the isocentre).
+        curved: arc about the source instead of a straight detector.
+        offset: position of the detector's centre along its surface in mm.
+
+    Raises:
+        ValueError: a count below one, no angles, a value that is not finite or positive, or an arc beyond +-90 degrees.
+    """
+
+    angles: tuple[float, ...]
+    detectors: int
+    pitch: float
+    source_origin: float
+    origin_detector: float
+    curved: bool = False
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_detector(self)
+        object.__setattr__(self, "source_origin", _length("FanBeam.source_origin", self.source_origin))
+        object.__setattr__(self, "origin_detector", _finite("FanBeam.origin_detector", self.origin_detector))
+        if self.origin_detector < 0:
+            raise ValueError(f"FanBeam.origin_detector must not be negative, got {self.origin_detector}")
+        if not isinstance(self.curved, bool):
+            raise ValueError(f"FanBeam.curved must be True or False, got {self.curved!r}")
+        edge = self.detectors * self.pitch / 2 + abs(self.offset)
+        if self.curved and edge >= self.source_detector * math.pi / 2:
+            raise ValueError(f"a curved detector must stay within 90 degrees of the central ray, its edge is at {edge} mm of arc")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(views, detectors)."""
+        return len(self.angles), self.detectors
+
+    @property
+    def source_detector(self) -> float:
+        """Source to detector, R_s + R_d, in mm."""
+        return self.source_origin + self.origin_detector
+
+    def positions(self, subrays: int = 1) -> Array:
+        """Detector positions along the surface in mm (detectors * subrays,); sub-rays share a bin's width evenly."""
+        return _positions(self, subrays)
+
+    def fan_angles(self, subrays: int = 1) -> Array:
+        """Angle between each ray and the central ray in rad (detectors * subrays,), positive along the detector axis."""
+        u = self.positions(subrays) / self.source_detector
+        return u if self.curved else np.arctan(u)
+
+    def rays(self, views: slice = slice(None), subrays: int = 1) -> tuple[Array, Array]:
+        """The source in mm and the unit direction of each ray, both (views, detectors * subrays, 2) as (x, y)."""
+        e, d = _frame(self.angles[views])
+        gamma = self.fan_angles(subrays)[None, :, None]
+        directions = np.cos(gamma) * d[:, None, :] + np.sin(gamma) * e[:, None, :]
+        return np.broadcast_to(-self.source_origin * d[:, None, :], directions.shape), directions
+
+
+Beam = ParallelBeam | FanBeam
+
+
+def _frame(angles: Iterable[float]) -> tuple[Array, Array]:
+    theta = np.asarray(tuple(angles), dtype=np.float64)
+    c, s = np.cos(theta), np.sin(theta)
+    return np.stack([c, s], axis=-1), np.stack([-s, c], axis=-1)
+
+
+def _positions(beam: Beam, subrays: int) -> Array:
+    n = beam.detectors * subrays
+    return (np.arange(n) - (n - 1) / 2) * (beam.pitch / subrays) + beam.offset
+
+
+def _check_detector(beam: Beam) -> None:
+    name = type(beam).__name__
+    try:
+        angles = tuple(float(a) for a in beam.angles)
+    except TypeError as error:
+        raise ValueError(f"{name}.angles must be numbers in rad, got {beam.angles!r}") from error
+    if not angles or not all(math.isfinite(a) for a in angles):
+        raise ValueError(f"{name}.angles must be one or more finite numbers in rad, got {len(angles)} angles")
+    object.__setattr__(beam, "angles", angles)
+    object.__setattr__(beam, "detectors", _count(f"{name}.detectors", beam.detectors))
+    object.__setattr__(beam, "pitch", _length(f"{name}.pitch", beam.pitch))
+    object.__setattr__(beam, "offset", _finite(f"{name}.offset", beam.offset))
+
+
+def _pair(name: str, values) -> tuple:
+    try:
+        result = tuple(values)
+    except TypeError as error:
+        raise ValueError(f"{name} must be two numbers (row, column), got {values!r}") from error
+    if len(result) != 2:
+        raise ValueError(f"{name} must be two numbers (row, column), got {result}")
+    return result
+
+
+def _count(name: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
+def _finite(name: str, value) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a finite number, got {value!r}") from error
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return number
+
+
+def _length(name: str, value) -> float:
+    number = _finite(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} must be positive (mm), got {value!r}")
+    return number
