@@ -16,6 +16,8 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, operator: LinearOperator, adjoint: bool) -> Tensor:
+        if x.numel() == 0:  # an empty batch: no author need think of it
+            return operator._empty(x, adjoint)
         with torch.autocast(x.device.type, enabled=False):  # physics is never rounded to half precision
             return operator._adjoint(x) if adjoint else operator._forward(x)
 
@@ -95,6 +97,13 @@ class LinearOperator(nn.Module):
         if device is not None and x.device != device:
             raise ValueError(f"{self._name()} is on {device}, the tensor is on {x.device}: move one of them with .to()")
         return _Apply.apply(x, self, False)
+
+    def _empty(self, x: Tensor, adjoint: bool) -> Tensor:
+        given, wanted = (self.range_shape, self.domain_shape) if adjoint else (self.domain_shape, self.range_shape)
+        dtype = self.domain_dtype if adjoint else self.range_dtype
+        if x.dtype in _DOUBLE.values():
+            dtype = _DOUBLE[dtype]
+        return x.new_zeros((*x.shape[: x.ndim - len(given)], *wanted), dtype=dtype)
 
     def _name(self) -> str:
         return type(self).__name__
