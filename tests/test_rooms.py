@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "likelihood": FOUNDATION | {"intensity", "schedule"},
     "htransform": FOUNDATION | {"schedule", "network", "prior", "likelihood"},
     "guidance": FOUNDATION | {"schedule", "prior", "likelihood"},
+    "amortised": FOUNDATION | {"schedule", "network", "prior", "likelihood"},
     "finetune": FOUNDATION | {"schedule", "network", "prior", "likelihood", "htransform", "sample"},
     # edges: files here, no networks
     "io": FOUNDATION | {"io", "intensity"},
@@ -46,11 +47,14 @@ ALLOWED: dict[str, set[str]] = {
     "dialects": {"errors", "network", "prior", "schedule", "intensity", "dialects"},
     # the loop and the pages
     "fit": INFERENCE | {"metrics", "config"},
+    "kinds": INFERENCE | {"amortised", "simulate", "data", "config", "fit"},
     "pipeline": EDGES,
-    "report": {"errors", "volume", "metrics", "operators"},
+    "figure": {"metrics"},
+    "page": {"figure", "metrics"},
+    "report": {"figure", "page"},
     "testing": INFERENCE | {"metrics"},
     # the commands: anything but each other
-    **{name: EDGES | {"pipeline", "fit", "report", "testing"} for name in COMMANDS},
+    **{name: EDGES | {"pipeline", "fit", "kinds", "report", "testing"} for name in COMMANDS},
 }
 
 OPERATORS: dict[str, set[str]] = {
@@ -59,10 +63,11 @@ OPERATORS: dict[str, set[str]] = {
     "noise": set(),
     "whiten": {"linear"},
     "patterns": {"geometry"},
-    "_rays": {"geometry", "odl_bridge"},
+    "_rays": {"geometry", "_sparse", "odl_bridge"},
     "_astra": {"geometry", "linear", "odl_bridge"},
     "odl_bridge": {"linear", "geometry", "ct", "_rays"},
-    "ct": {"linear", "geometry", "_rays", "_astra"},
+    "_sparse": {"linear", "geometry"},
+    "ct": {"linear", "geometry", "_rays", "_sparse", "_astra"},
     "mri": {"linear", "geometry", "patterns", "coils"},
     "coils": {"linear", "solve"},
     "analytic": {"linear", "geometry", "ct", "mri", "solve"},
@@ -84,9 +89,9 @@ DOORS: dict[str, set[str]] = {
     "highdicom": set(),
     "nibabel": {"deft_med.io"},
     "h5py": {"deft_med.io"},
-    "safetensors": {"deft_med.bundle", "deft_med.data", "deft_med.fit", "deft_med.dialects"},
+    "safetensors": {"deft_med.bundle", "deft_med.data", "deft_med.fit", "deft_med.kinds", "deft_med.dialects"},
     "yaml": {"deft_med.config"},
-    "matplotlib": {"deft_med.report"},
+    "matplotlib": {"deft_med.report", "deft_med.figure"},
     "skimage": set(),
     "pickle": set(),
     "argparse": {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.bundle", "operators.bench"},

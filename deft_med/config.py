@@ -1,0 +1,129 @@
+"""YAML -> frozen dataclasses; an unknown key is an error. Protocols (how a study is acquired) are described here."""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from deft_med.errors import UsageError
+from operators.geometry import FanBeam, Grid, ParallelBeam, uniform_angles
+
+T = TypeVar("T")
+FOLDER = Path(__file__).with_name("configs")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Measurement noise: Gaussian of ``gaussian_percent`` of the slice's mean noiseless sinogram, or transmission counts with
+    ``photons`` per ray and ``electronic`` counts of read-out noise."""
+
+    gaussian_percent: float | None = None
+    photons: float | None = None
+    electronic: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.gaussian_percent is None) == (self.photons is None):
+            raise UsageError("noise wants exactly one of gaussian_percent and photons")
+        level = self.photons if self.gaussian_percent is None else self.gaussian_percent
+        if not (level and level > 0 and self.electronic >= 0):
+            raise UsageError(f"noise levels are positive numbers, got {level} and electronic {self.electronic}")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a study is acquired. Detector bins are one pixel wide and span the diagonal, as many views over ``coverage_deg`` as named.
+
+    ``source_origin_mm`` and ``origin_detector_mm`` make it a fan beam (bins one pixel wide at the isocentre).
+    """
+
+    name: str
+    views: int
+    noise: Noise
+    coverage_deg: float = 180.0
+    grid: int = 256
+    description: str = ""
+    source_origin_mm: float | None = None
+    origin_detector_mm: float | None = None
+    curved: bool = False
+
+    def __post_init__(self) -> None:
+        if self.views < 1 or not 0 < self.coverage_deg <= 360 or self.grid < 16:
+            raise UsageError(f"protocol {self.name}: wants views >= 1, 0 < coverage_deg <= 360 and grid >= 16")
+        if (self.source_origin_mm is None) != (self.origin_detector_mm is None):
+            raise UsageError(f"protocol {self.name}: a fan beam wants source_origin_mm and origin_detector_mm")
+
+    def beam(self, grid: Grid) -> ParallelBeam | FanBeam:
+        """The rays of this protocol for a reconstruction grid."""
+        pixel = max(grid.spacing)
+        angles = uniform_angles(self.views, math.radians(self.coverage_deg))
+        detectors = math.ceil(math.hypot(*(n * s / pixel for n, s in zip(grid.shape, grid.spacing, strict=True))))
+        if self.source_origin_mm is None or self.origin_detector_mm is None:
+            return ParallelBeam(angles=angles, detectors=detectors, pitch=pixel)
+        magnified = pixel * (self.source_origin_mm + self.origin_detector_mm) / self.source_origin_mm
+        return FanBeam(angles=angles, detectors=math.ceil(1.15 * detectors), pitch=magnified, source_origin=self.source_origin_mm,
+                       origin_detector=self.origin_detector_mm, curved=self.curved)
+
+
+def load(source: str | Path, kind: type[T]) -> T:
+    """Read a YAML file, or the shipped one of that name, into a dataclass.
+
+    Raises UsageError for a name that does not exist, text that is no YAML mapping, an unknown or missing key, a wrong type.
+    """
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        path = FOLDER / f"{source}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml") if kind is not Protocol or "views:" in p.read_text("utf-8")))
+            raise UsageError(f"no {kind.__name__.lower()} of that name: give a .yaml file or one of {known}")
+    if not path.is_file():
+        raise UsageError(f"no such configuration file (expected YAML for a {kind.__name__.lower()})")
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"the configuration is no YAML: {str(error).splitlines()[0]}") from error
+    if kind is Protocol and isinstance(content, dict):
+        content.setdefault("name", path.stem)
+    return build(content, kind)
+
+
+def build(content: Any, kind: type[T], where: str = "") -> T:
+    """A dataclass from nested mappings, its types checked; UsageError names the key that is wrong."""
+    if not isinstance(content, dict):
+        raise UsageError(f"{where or 'the configuration'} wants a mapping of keys to values, got {type(content).__name__}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(map(str, content)) - set(fields))
+    if unknown:
+        raise UsageError(f"unknown key {', '.join(unknown)} in {where or 'the configuration'}: known are {', '.join(fields)}")
+    missing = [n for n, f in fields.items()
+               if n not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise UsageError(f"missing key {', '.join(missing)} in {where or 'the configuration'}")
+    return kind(**{key: _value(value, hints[key], f"{where}.{key}" if where else key) for key, value in content.items()})
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(value, hint, where)  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _value(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(inner) != len(value):
+            raise UsageError(f"{where} wants {len(inner)} values, got {len(value)}")
+        return tuple(_value(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, inner, strict=True)))
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _value(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+        return value
+    raise UsageError(f"{where} wants {getattr(hint, '__name__', hint)}, got {value!r}")

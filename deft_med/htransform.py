@@ -1,0 +1,78 @@
+"""DEFT: a small network learns the h-transform of a frozen prior from images and measurements (Denker et al., NeurIPS 2024).
+
+With the prior's denoiser D and the generalised h-transform h = grad_x ln p_sigma(y | x), the posterior denoiser is
+
+    D(x, sigma | y) = E[x0 | x, y] = D(x, sigma) + sigma^2 h(x, sigma, y)              (Tweedie's formula, conditioned)
+
+and minimising lambda(sigma) |D + sigma^2 h - x0|^2 over pairs (x0, y) gives h (theorem 3.1 of arXiv 2406.01781). Written with the
+residual g = B(y - A D) in image units,
+
+    sigma^2 h = c_out(sigma) (net(c_in x, D, g; ln sigma, ln s_img, ln M/N) + w(ln sigma, ln s_img) g),
+
+equation 12 of the paper with the filtered residual in place of the likelihood's gradient. With c_out = sigma it is the paper's
+epsilon form: eps_h = -(net + w g). No gradient passes through the prior, in training or in sampling.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from deft_med.likelihood import Gaussian
+from deft_med.network import Embedding
+from deft_med.prior import Prior, scalings
+from deft_med.schedule import per_item
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+class Weight(nn.Module):
+    """w(ln sigma, ln s_img): how far to trust the residual itself; a perceptron that starts at a small constant."""
+
+    def __init__(self, start: float = 0.1, dim: int = 32) -> None:
+        super().__init__()
+        self.embedding, self.last = Embedding(2, dim), nn.Linear(dim, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.constant_(self.last.bias, start)
+
+    def forward(self, scalars: Tensor) -> Tensor:
+        return self.last(self.embedding(scalars))[:, :, None, None]
+
+
+class HTransform(nn.Module):
+    """The learned part: ``(x, D, g (B, C, H, W), sigma, s_img (B,), log_ratio) -> sigma^2 h (B, C, H, W)``.
+
+    ``network`` takes 3 C channels and 3 log-scalars (a fresh ``UNet`` returns 0, so DEFT starts at D + 0.1 c_out g).
+    ``form='edm'`` scales by c_out = sigma sd / sqrt(sigma^2 + sd^2), ``form='epsilon'`` by sigma as the paper does.
+    """
+
+    def __init__(self, network: nn.Module, *, sd: float = 0.5, form: str = "edm") -> None:
+        super().__init__()
+        if form not in ("edm", "epsilon"):
+            raise ValueError(f"the h-transform's form is 'edm' or 'epsilon', got {form!r}")
+        self.network, self.weight, self.sd, self.form = network, Weight(), sd, form
+
+    def forward(self, x: Tensor, d: Tensor, g: Tensor, sigma: Tensor, s_img: Tensor, log_ratio: float) -> Tensor:
+        _, out, inp = scalings(per_item(sigma, x), self.sd)
+        if self.form == "epsilon":
+            out = per_item(sigma, x)
+        scalars = torch.stack([sigma.log(), s_img.log(), torch.full_like(s_img, log_ratio)], 1)
+        return out * (self.network(torch.cat([inp * x, d, g], 1), scalars) + self.weight(scalars[:, :2]) * g)
+
+
+class Deft(nn.Module):
+    """The sum of both: ``(x, sigma, likelihood) -> D(x, sigma | y)``. Training and sampling call this one function."""
+
+    def __init__(self, prior: Prior, h: HTransform) -> None:
+        super().__init__()
+        self.prior, self.h = prior.freeze(), h
+
+    def forward(self, x: Tensor, sigma: Tensor, likelihood: Gaussian) -> Tensor:
+        with torch.no_grad():
+            d = self.prior(x, sigma)
+            g = likelihood.residual(d)
+        return d + self.h(x, d, g, sigma, likelihood.s_img, likelihood.log_ratio)
+
+    def given(self, likelihood: Gaussian) -> Denoiser:
+        """The posterior denoiser of these measurements."""
+        return lambda x, sigma: self(x, sigma, likelihood)

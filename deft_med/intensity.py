@@ -1,0 +1,60 @@
+"""Window: the two numbers between a picture's unit and what the networks see; linear, never clips, folded into the operator once."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from operators.ct import MU_WATER
+from operators.linear import LinearOperator
+
+
+
+class Affine:
+    """u -> A(a u + b): a linear operator behind a window. The data stay as they are, so it is right for every likelihood.
+
+    ``a`` and ``b`` are numbers or tensors (B, 1, 1, 1), one per item. ``linear(u)`` is A(a u), ``adjoint(y)`` its adjoint a A^H y.
+    """
+
+    def __init__(self, operator: LinearOperator, a: float | Tensor, b: float | Tensor) -> None:
+        self.operator, self.a, self.b = operator, a, b
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return self.operator(self.a * u + self.b)
+
+    def linear(self, u: Tensor) -> Tensor:
+        return self.operator(self.a * u)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.a * self.operator.H(y)
+
+    def take(self, index: Tensor) -> "Affine":
+        """The same operator for other items of the batch."""
+        a, b = (v[index] if isinstance(v, Tensor) and v.ndim else v for v in (self.a, self.b))
+        return Affine(self.operator, a, b)
+
+
+@dataclass(frozen=True)
+class Window:
+    """u = (value - offset) / scale, with the unit of ``value``: HU for CT. Default: u = HU / 1000."""
+
+    offset: float = 0.0
+    scale: float = 1000.0
+    unit: str = "HU"
+
+    def normalise(self, value: Tensor) -> Tensor:
+        return (value - self.offset) / self.scale
+
+    def restore(self, u: Tensor) -> Tensor:
+        return u * self.scale + self.offset
+
+    def fold(self, operator: LinearOperator, pixel: float | Tensor = 1.0) -> Affine:
+        """u -> line integrals, for an operator on attenuation in 1/mm: mu = mu_w (1 + HU / 1000), HU = offset + scale u.
+
+        ``pixel`` multiplies the operator's lengths: an operator built for 1 mm pixels serves images of any pixel size.
+        Raises ValueError when the window's unit is not HU.
+        """
+        if self.unit != "HU":
+            raise ValueError(f"a ray transform wants a window in HU, got one in {self.unit!r}")
+        return Affine(operator, MU_WATER * pixel * self.scale / 1000, MU_WATER * pixel * (1 + self.offset / 1000))
+
+

@@ -1,0 +1,63 @@
+"""What the measurements say about an image: p(y | u), its score, and the residual in image units that DEFT is fed."""
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from deft_med.intensity import Affine
+from operators.linear import LinearOperator
+
+
+class Gaussian:
+    """y = A u + sigma n: Gaussian measurements with a known standard deviation per real component.
+
+    Args:
+        forward: the affine operator u (B, C, y, x) -> (B, C, views, detectors).
+        y: measurements.
+        sigma: noise deviation, broadcastable to y: one per slice (B, 1, 1, 1) or one per ray.
+        inverse: B, the acquisition's approximate inverse for ``forward.operator`` (FBP for CT).
+
+    ``s_img`` (B,): the root mean square over pixels of B applied to one fixed draw of the noise, in units of u. It says how noisy
+    a measurement is in the picture, whatever the modality, dose or number of views.
+    """
+
+    def __init__(self, forward: Affine, y: Tensor, sigma: Tensor, inverse: LinearOperator, *, s_img: Tensor | None = None) -> None:
+        self.forward, self.y, self.inverse = forward, y, inverse
+        self.sigma = sigma.expand_as(y)
+        self.s_img = self._propagated() if s_img is None else s_img
+
+    def _propagated(self) -> Tensor:
+        shape = (1, *self.y.shape[1:])
+        noise = torch.randn(shape, generator=Generator().manual_seed(0), dtype=self.y.dtype).to(self.y)
+        picture = self.inverse(self.sigma * noise) / self.forward.a
+        return picture.square().flatten(1).mean(1).sqrt().expand(len(self.y))
+
+    @property
+    def log_ratio(self) -> float:
+        """ln(M / N): measurements over pixels."""
+        return math.log(math.prod(self.inverse.domain_shape) / math.prod(self.inverse.range_shape))
+
+    def residual(self, u: Tensor) -> Tensor:
+        """g = B(y - A u), in the units of u: what the data would still change in the image."""
+        return self.inverse(self.y - self.forward(u)) / self.forward.a
+
+    def score(self, u: Tensor) -> Tensor:
+        """grad_u ln p(y | u) = A^H (y - A u) / sigma^2."""
+        return self.forward.adjoint((self.y - self.forward(u)) / self.sigma**2)
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """ln p(y | u) without its constant, (B,)."""
+        return -0.5 * ((self.y - self.forward(u)) / self.sigma).square().flatten(1).sum(1)
+
+    def chi2(self, u: Tensor) -> Tensor:
+        """|W^1/2 (y - A u)|^2 / M per item (B,): 1 +- sqrt(2 / M) for the truth and for a posterior sample."""
+        return ((self.y - self.forward(u)) / self.sigma).square().flatten(1).mean(1)
+
+    def fbp(self) -> Tensor:
+        """B y as an image in u: the classical reconstruction with the filter that the networks are fed."""
+        return self.residual(torch.zeros_like(self.inverse(self.y)))
+
+    def take(self, index: Tensor) -> "Gaussian":
+        """The likelihood of other items of the batch: repeated ones for several samples of a slice."""
+        return Gaussian(self.forward.take(index), self.y[index], self.sigma[index], self.inverse, s_img=self.s_img[index])

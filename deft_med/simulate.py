@@ -1,0 +1,67 @@
+"""Image -> Scan: the only place that knows the finer grid and the other ray model.
+
+A retrospective study must not reconstruct with the operator that made its data. Measurements come from the source at its native
+matrix (or, where that is no finer than the reconstruction grid, from every pixel split 2 x 2), as strip integrals over a
+detector bin by three sub-rays; reconstruction uses Joseph's single ray on the reconstruction grid.
+"""
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from deft_med.config import Noise, Protocol
+from deft_med.volume import Scan, Volume
+from operators.ct import RayTransform, attenuation
+from operators.geometry import FanBeam, Grid, ParallelBeam
+from operators.noise import gaussian, transmission
+
+SUBRAYS, SPLIT, CHUNK = 3, 2, 32
+
+
+def measured_by(grid: Grid, beam: ParallelBeam | FanBeam, *, fine: bool = False) -> RayTransform:
+    """The simulator's line integrals of an image on ``grid``: sub-rays, and pixels split unless the grid is ``fine`` already."""
+    return RayTransform(grid, beam, split=1 if fine else SPLIT, subrays=SUBRAYS)
+
+
+def with_noise(lines: Tensor, noise: Noise, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Noisy measurements and the standard deviation per ray, from noiseless line integrals (..., views, detectors)."""
+    if noise.photons is not None:
+        return transmission(lines, noise.photons, noise.electronic, generator=generator)
+    sigma = noise.gaussian_percent / 100 * lines.mean((-2, -1), keepdim=True)  # type: ignore[operator]
+    return gaussian(lines, sigma, generator=generator), sigma
+
+
+def slice_generator(seed: int, index: int, sample: int = 0) -> Generator:
+    """Draws of one slice and one sample: they depend on (seed, slice, sample) and on nothing beside it."""
+    state = np.random.SeedSequence([seed, index, sample]).generate_state(2, np.uint32)
+    return Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+
+
+def reconstruction_grid(volume: Volume, size: int) -> tuple[int, int]:
+    """Matrix of the reconstruction: the source's own or, where that is larger, ``size`` along its longer side."""
+    rows, columns = volume.data.shape[1:]
+    factor = max(1.0, max(rows, columns) / size)
+    return round(rows / factor), round(columns / factor)
+
+
+def simulate(volume: Volume, protocol: Protocol, *, seed: int = 0) -> Scan:
+    """A retrospective study: the measurements that ``protocol`` would have made of ``volume`` (HU, air clamped at -1000).
+
+    The reference is the area mean of the source on the reconstruction grid; slice k draws its noise from (seed, k).
+    """
+    source = volume.with_data(np.maximum(volume.data, -1000.0))
+    shape = reconstruction_grid(source, protocol.grid)
+    reference = source.resample_to(shape)
+    grid = Grid(shape=shape, spacing=reference.spacing[1:])
+    beam = protocol.beam(grid)
+    fine = source.data.shape[1:] != shape
+    operator = measured_by(Grid(shape=source.data.shape[1:], spacing=source.spacing[1:]), beam, fine=fine)
+    y, sigma = [], []
+    for first in range(0, len(source.data), CHUNK):
+        lines = operator(attenuation(torch.from_numpy(source.data[first:first + CHUNK])))
+        for index, line in enumerate(lines):
+            noisy, deviation = with_noise(line, protocol.noise, slice_generator(seed, first + index))
+            y.append(noisy)
+            sigma.append(deviation)
+    return Scan(y=torch.stack(y).numpy(), acquisition=beam, grid=grid, noise=torch.stack(sigma).numpy(), reference=reference,
+                affine=reference.affine, simulated=True, protocol=protocol.name)
