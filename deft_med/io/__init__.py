@@ -1,0 +1,94 @@
+"""Files in, files out: `read` chooses by content, `write` by the format named. No network is known here.
+
+The libraries for one kind of file are loaded when that kind is met.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+
+from deft_med.io.gate import MAX_BYTES, kind_of, regular, writing
+from deft_med.io.source import Source
+from deft_med.volume import Volume
+
+__all__ = ["MAX_BYTES", "Source", "read", "write"]
+
+
+def read(path: str | Path, *, allow_lossy: bool = False, max_bytes: int = MAX_BYTES) -> Source:
+    """A scan from a DICOM file, a folder of one CT series, a NIfTI file or a sinogram.npz, told apart by content.
+
+    Args:
+        path: a DICOM file is that slice alone; its folder is the series.
+        allow_lossy: take images that went through lossy compression; `Source.lossy` records it.
+        max_bytes: limit for the decoded volume.
+
+    Raises:
+        UsageError: no such path, or a pipe, socket or device.
+        UnsupportedError: readable, but not for us.
+        CorruptError: broken bytes.
+        ResourceError: more than ``max_bytes``, or a file that inflates without end.
+    """
+    path = Path(path)
+    kind = "folder" if stat.S_ISDIR(regular(path).st_mode) else kind_of(path)
+    if kind in ("folder", "dicom"):
+        from deft_med.io import dicom
+
+        reader = dicom.read_folder if kind == "folder" else dicom.read_file
+        return reader(path, allow_lossy=allow_lossy, max_bytes=max_bytes)
+    if kind == "zip":
+        from deft_med.io import arrays
+
+        return arrays.read(path, max_bytes=max_bytes)
+    from deft_med.io import nifti
+
+    return nifti.read(path, max_bytes=max_bytes)
+
+
+def write(
+    volume: Volume,
+    path: str | Path,
+    like: Source | None = None,
+    *,
+    format: str,
+    kind: str = "DEFT",
+    description: str = "reconstruction",
+    derivation: str = "",
+    simulated: bool,
+    uid_entropy: Iterable[str] = (),
+    when: datetime | None = None,
+    about: Mapping[str, str | bool | float] | None = None,
+) -> int:
+    """``volume`` as a DICOM series in the folder ``path`` (made if absent) or as the NIfTI file ``path``; returns the pixels clipped.
+
+    Args:
+        volume: [slice, row, column] HU on its own grid; the slices are those of ``like``.
+        like: the source; its headers give a DICOM series its patient, study and frame of reference.
+        format: "dicom" or "nifti".
+        kind: "DEFT", "FBP", "TV" or "STDDEV".
+        description, derivation, uid_entropy, when: see `deft_med.io.dicom_write.write_series`.
+        simulated: the measurements were computed from an image; every output says so.
+        about: more for the JSON beside a NIfTI file; no patient data.
+
+    Raises:
+        ValueError: another format, or arguments that do not fit each other.
+        OutputError, ResourceError: not writable, or the disk is full.
+    """
+    path = Path(path)
+    if format == "dicom":
+        from deft_med.io.dicom_write import write_series
+
+        with writing("the output folder"):
+            path.mkdir(exist_ok=True)
+        return write_series(
+            volume, path, like.headers if like is not None else [], kind=kind, description=description, derivation=derivation,
+            simulated=simulated, uid_entropy=uid_entropy, when=when,
+        )  # fmt: skip
+    if format == "nifti":
+        from deft_med.io import nifti
+
+        nifti.write(volume, path, about={"Kind": kind, "Simulated": simulated, "Description": description, **(about or {})})
+        return 0
+    raise ValueError(f"format must be 'dicom' or 'nifti', got {format!r}")
