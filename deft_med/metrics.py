@@ -120,8 +120,9 @@ def body_mask(hu: ArrayLike, *, threshold: float = -500.0, opening: int = 2) -> 
 def ct_metrics(x: ArrayLike, ref: ArrayLike) -> dict[str, Any]:
     """PSNR (dB) and SSIM of HU volumes (slice, row, column), both clipped to [-1000, 1000] HU, range 2000 HU, per slice.
 
-    Returns {"psnr", "ssim", "psnr_body", "ssim_body": one number per slice (full frame, and inside the reference's body mask; NaN where a
-    slice has no body), "mean": {...}, "sd": {...}} with mean and standard deviation over slices.
+    Returns {"psnr", "ssim", "psnr_body", "ssim_body": one number per slice (full frame, and inside the reference's body mask),
+    "mean": {...}, "sd": {...}} with mean and standard deviation over slices. None stands for what is not a finite number (no body in the slice, equal
+    images, the deviation of one slice), so that the result is plain JSON.
     """
     x, ref = np.asarray(x, np.float64), np.asarray(ref, np.float64)
     if x.ndim != 3 or x.shape != ref.shape:
@@ -136,17 +137,25 @@ def ct_metrics(x: ArrayLike, ref: ArrayLike) -> dict[str, Any]:
     summary = {name: mean_sd(values) for name, values in result.items()}
     result["mean"] = {name: mean for name, (mean, _) in summary.items()}
     result["sd"] = {name: sd for name, (_, sd) in summary.items()}
-    return result
+    return _plain(result)
 
 
-def mean_sd(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (ddof = 1; NaN for one value) of the values that are not NaN."""
-    kept = np.asarray([v for v in values if not math.isnan(v)], np.float64)
+def mean_sd(values: Iterable[float | None]) -> tuple[float, float]:
+    """Mean and sample standard deviation (ddof = 1; NaN for one value) of the values that are neither None nor NaN."""
+    kept = np.asarray([v for v in values if v is not None and not math.isnan(v)], np.float64)
     if not kept.size:
         return math.nan, math.nan
     if np.isinf(kept).any():
         return float(kept.mean()), math.nan
     return float(kept.mean()), float(kept.std(ddof=1)) if kept.size > 1 else math.nan
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if math.isfinite(value) else None
 
 
 def _pair(x: ArrayLike, ref: ArrayLike, mask: ArrayLike | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

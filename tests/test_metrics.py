@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -105,16 +106,18 @@ def test_ct_metrics_clips_both_sides_and_averages_over_slices(rng: np.random.Gen
     x[0, 20:24, 20:24] = 1500  # metal: above the clip on both sides
     x[1, 8:40, 8:40] += 20
     found = metrics.ct_metrics(x, ref)
-    assert found["psnr"][0] == math.inf and found["psnr"][2] == math.inf
+    assert found["psnr"][0] is None and found["psnr"][2] is None
+    json.dumps(found, allow_nan=False)
     assert found["psnr_body"][1] == pytest.approx(20 * math.log10(2000 / 20))
     assert found["psnr"][1] == pytest.approx(20 * math.log10(2000 / 20) + 10 * math.log10(48**2 / 32**2))
-    assert math.isnan(found["psnr_body"][2]) and math.isnan(found["ssim_body"][2])
+    assert found["psnr_body"][2] is None and found["ssim_body"][2] is None
+    assert found["mean"]["psnr"] is None and found["sd"]["psnr"] is None
     assert found["mean"]["ssim_body"] == pytest.approx(np.mean(found["ssim_body"][:2]))
     assert found["sd"]["ssim"] == pytest.approx(np.std(found["ssim"], ddof=1))
 
 
 def test_mean_sd() -> None:
-    assert metrics.mean_sd([1.0, 3.0, math.nan]) == (2.0, pytest.approx(math.sqrt(2)))
+    assert metrics.mean_sd([1.0, 3.0, math.nan, None]) == (2.0, pytest.approx(math.sqrt(2)))
     assert math.isnan(metrics.mean_sd([5.0])[1]) and math.isnan(metrics.mean_sd([])[0])
 
 
