@@ -83,7 +83,8 @@ def _scan(arrays: dict[str, np.ndarray]) -> Scan:
     if y.max(initial=0.0) > HIGHEST_LINE:
         raise ValueError(f"y reaches {y.max():.4g}; give line integrals -log(I / I0), not photon counts or HU")
     detectors = int(_scalar(arrays, "detectors")) if "detectors" in arrays else int(y.shape[-1]) if y.ndim else 0
-    common = dict(angles=tuple(angles.tolist()), detectors=detectors, pitch=_scalar(arrays, "pitch"), offset=_scalar(arrays, "offset", 0.0))
+    pitch, offset = _scalar(arrays, "pitch"), _scalar(arrays, "offset", 0.0)
+    common: dict[str, Any] = dict(angles=tuple(angles.tolist()), detectors=detectors, pitch=pitch, offset=offset)
     geometry = str(arrays["geometry"]) if "geometry" in arrays else "parallel"
     if geometry == "parallel":
         beam: ParallelBeam | FanBeam = ParallelBeam(**common)
@@ -145,7 +146,7 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> np.n
             shape, dtype = _npy_header(stream)
             held = dtype.hasobject or np.prod([float(n) for n in shape]) * dtype.itemsize <= member.file_size
         if dtype.hasobject:
-            raise UnsupportedError(f"{key} in the sinogram.npz holds pickled Python objects, which are never loaded; save plain number arrays")
+            raise UnsupportedError(f"{key} in the sinogram.npz holds pickled objects, which are never loaded; save plain arrays")
         if not held:
             raise CorruptError(f"{key} in the sinogram.npz is truncated: its shape asks for more bytes than it has; save it again")
         with broken(f"{key} in the sinogram.npz"), archive.open(member) as stream:

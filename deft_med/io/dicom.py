@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,8 @@ def _read(paths: list[Path], *, what: list[str], allow_lossy: bool, max_bytes: i
     assert rows and columns
     needed = len(order) * rows * columns * 4
     if needed > max_bytes:
-        raise ResourceError(f"the series needs {needed / 2**30:.1f} GiB, more than {max_bytes / 2**30:.1f} GiB; give fewer slices or raise max_bytes")
+        asked, allowed = needed / 2**30, max_bytes / 2**30
+        raise ResourceError(f"the series needs {asked:.3g} GiB, more than {allowed:.3g} GiB; give fewer slices or raise max_bytes")
     with broken("the series"):
         data = np.empty((len(order), rows, columns), np.float32)
     outside = 0
@@ -160,7 +162,8 @@ def _stack(planes: dict[int, Plane], kept: list[int]) -> tuple[list[int], NDArra
     gaps = np.diff(heights)
     tolerance = max(1e-2, 0.01 * float(np.median(gaps)))
     if gaps.min() < 1e-3:
-        raise UnsupportedError(f"{int((gaps < 1e-3).sum())} slices lie where another one lies (duplicated position); give each position once")
+        count = int((gaps < 1e-3).sum())
+        raise UnsupportedError(f"{count} slices lie where another one lies (duplicated position); give each position once")
     step = float(np.median(gaps))
     if step > 2 * gaps.min() - tolerance:
         step = float(gaps.min())
@@ -169,13 +172,15 @@ def _stack(planes: dict[int, Plane], kept: list[int]) -> tuple[list[int], NDArra
         if np.abs(gaps - np.round(ratio) * step).max() <= tolerance:
             where = int(np.argmax(ratio)) + 1
             missing = int(np.round(ratio).sum()) - len(gaps)
-            raise UnsupportedError(f"{missing} slices are missing (the first gap: after slice {where} of {len(order)}); give the whole series")
+            raise UnsupportedError(f"{missing} slices are missing (widest gap: after slice {where} of {len(order)}); give the whole series")
         raise UnsupportedError(f"the slices are not evenly spaced ({gaps.min():.3g} to {gaps.max():.3g} mm); give a regular series")
     drift = positions - positions[0] - heights[:, None] * normal
     if np.linalg.norm(drift, axis=1).max() > max(2e-2, TILT * heights[-1]):
         angle = np.degrees(np.arctan(np.linalg.norm(drift[-1]) / heights[-1]))
-        raise UnsupportedError(f"the stack is tilted or shifted (gantry tilt, {angle:.1f} degrees): its slices do not lie above each other; "
-                               "give single slices or a resampled series")  # fmt: skip
+        raise UnsupportedError(
+            f"the stack is tilted or shifted (gantry tilt, {angle:.1f} degrees): its slices do not lie above each other; "
+            "give single slices or a resampled series"
+        )
     affine[:3, 2] = (last.position - first.position) / (len(order) - 1)
     return order, affine
 
@@ -220,4 +225,4 @@ def _public(header: Dataset) -> Dataset:
 
 
 def _noted(source: Source, note: str) -> Source:
-    return Source(source.kind, source.volume, source.scan, source.headers, source.lossy, source.digest, (*source.notes, note))
+    return replace(source, notes=(*source.notes, note))

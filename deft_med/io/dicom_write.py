@@ -36,7 +36,7 @@ OF_SERIES = """
     PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex PatientAge PatientSize PatientWeight
     PatientIdentityRemoved DeidentificationMethod DeidentificationMethodCodeSequence LongitudinalTemporalInformationModified
     StudyInstanceUID StudyDate StudyTime ReferringPhysicianName StudyID AccessionNumber StudyDescription
-    BodyPartExamined Laterality PatientPosition ProtocolName FrameOfReferenceUID PositionReferenceIndicator
+    BodyPartExamined PatientPosition ProtocolName FrameOfReferenceUID PositionReferenceIndicator
 """.split()
 OF_IMAGE = """
     AcquisitionDate AcquisitionTime AcquisitionNumber BurnedInAnnotation RecognizableVisualFeatures
@@ -49,6 +49,12 @@ ALWAYS = """
     PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime ReferringPhysicianName StudyID AccessionNumber
     PatientPosition PositionReferenceIndicator AcquisitionNumber KVP
 """.split()
+# Body parts without sides (PS3.16 Annex L), which must carry no Laterality.
+UNPAIRED = set("""
+    ABDOMEN ABDOMENPELVIS AORTA BLADDER BRAIN CHEST CHESTABDOMEN CHESTABDPELVIS COCCYX COLON CSPINE CTSPINE ESOPHAGUS FACE HEAD HEADNECK
+    HEART JAW LARYNX LIVER LSPINE LSSPINE MAXILLA MEDIASTINUM NECK NECKCHEST NECKCHESTABDOMEN NECKCHESTABDPELV NOSE PANCREAS PELVIS
+    PHARYNX PROSTATE RECTUM SKULL SPINE SPLEEN SSPINE STERNUM STOMACH THYROID TLSPINE TONGUE TRACHEA TSPINE UTERUS WHOLEBODY
+""".split())
 OF_SCANNER = "ManufacturerModelName InstitutionName StationName SoftwareVersions DeviceSerialNumber".split()
 
 
@@ -64,7 +70,7 @@ def write_series(
     uid_entropy: Iterable[str],
     when: datetime | None = None,
 ) -> int:
-    """Writes ``volume`` (HU) as single-frame CT images 0001.dcm, 0002.dcm, ... into an existing folder; returns how many pixels were clipped.
+    """Writes ``volume`` as single-frame CT images 0001.dcm, 0002.dcm, ... into a folder; returns how many pixels were clipped.
 
     Args:
         volume: [slice, row, column] HU; stored as int16, rounded (steps of 0.1 HU for STDDEV).
@@ -90,7 +96,8 @@ def write_series(
     slope = SLOPE.get(kind, 1.0)
     steps = np.rint(volume.data.astype(np.float64) / slope)
     stored = np.clip(steps, -32768, 32767).astype("<i2")
-    entropy = [*uid_entropy, kind, str(simulated), description, derivation, hashlib.sha256(stored.tobytes()).hexdigest(), repr(volume.affine.tolist())]
+    pixels = hashlib.sha256(stored.tobytes()).hexdigest()
+    entropy = [*uid_entropy, kind, str(simulated), description, derivation, pixels, repr(volume.affine.tolist())]
     series = _uid("series", *entropy, *(text(h, "SOPInstanceUID") for h in headers))
     now = _now(headers[0] if headers else Dataset(), when)
     with quiet_pydicom():
@@ -135,6 +142,8 @@ def _series(source: Dataset, kind: str, simulated: bool, series: str, now: datet
     """What all images of the new series share: patient, study, series, frame of reference, equipment, SOP common."""
     ds = Dataset()
     _copy(ds, source, OF_SERIES)
+    if text(ds, "BodyPartExamined").upper() not in UNPAIRED:
+        ds.Laterality = text(source, "Laterality")  # type 2C: there, if only empty, unless the body part is one that has no sides
     if not text(ds, "StudyInstanceUID"):
         ds.StudyInstanceUID = _uid("study", series)
     if not text(ds, "FrameOfReferenceUID"):

@@ -19,8 +19,9 @@ from pathlib import Path
 from deft_med.errors import CorruptError, OutputError, ResourceError, UnsupportedError, UsageError
 
 MAX_BYTES = 4 * 2**30  # of one decoded volume
-FILE_BYTES = 2**30  # of one DICOM file, as it lies or inflated
-CHUNK = 2**20
+FILE_BYTES = 2**30  # of one DICOM file as it lies
+INFLATED_BYTES = 2**28  # of one deflated DICOM file: five hundred CT slices
+PIECE = 2**16
 
 # What pydicom, its decoders, nibabel and zipfile throw at bytes that are not what they claim.
 BROKEN = (
@@ -41,7 +42,7 @@ def regular(path: Path, what: str = "the input") -> os.stat_result:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise UsageError(f"{what}: no such file or folder; give a DICOM file, a folder of one series, a NIfTI file or sinogram.npz") from None
+        raise UsageError(f"{what}: no such path; give a DICOM file, a folder of one series, a NIfTI file or sinogram.npz") from None
     except (OSError, ValueError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "not a path"
         raise UsageError(f"{what} cannot be looked at: {reason}") from None
@@ -86,7 +87,7 @@ def kind_of(path: Path, what: str = "the input") -> str:
         if head.startswith(magic):
             raise UnsupportedError(f"{what} is {name}; {wanted}")
     if head[:4] in (b"\x08\0\x05\0", b"\x08\0\0\0", b"\x08\0\x08\0", b"\x02\0\0\0", b"\x02\0\x10\0"):
-        raise UnsupportedError(f"{what} looks like a DICOM dataset without the Part 10 preamble; convert it (dcmconv +F) or export it again")
+        raise UnsupportedError(f"{what} looks like a DICOM dataset without the preamble of Part 10; convert it (dcmconv +F) or export it")
     text = all(byte in b"\t\n\r\f" or byte >= 32 for byte in head)
     raise CorruptError(f"{what} is {'text' if text else 'of no known kind, or damaged'} (no DICM mark, no NIfTI header); {wanted}")
 
@@ -109,11 +110,11 @@ def inflate(data: bytes, *, wbits: int, cap: int, what: str, stop: int | None = 
     """
     out = bytearray()
     while data:
-        inflater = zlib.decompressobj(wbits)
-        rest = data
-        while rest and not inflater.eof:
+        inflater, at, rest = zlib.decompressobj(wbits), 0, b""
+        while (rest or at < len(data)) and not inflater.eof:
+            piece, at = (rest, at) if rest else (data[at : at + PIECE], at + PIECE)
             try:
-                out += inflater.decompress(rest, CHUNK)
+                out += inflater.decompress(piece, 16 * PIECE)
             except zlib.error:
                 raise CorruptError(f"{what} is damaged: its compressed bytes do not inflate; copy or export it again") from None
             rest = inflater.unconsumed_tail
@@ -127,7 +128,8 @@ def inflate(data: bytes, *, wbits: int, cap: int, what: str, stop: int | None = 
         if not inflater.eof:
             raise CorruptError(f"{what} is truncated: its compressed bytes end early; copy or export it again")
         # a gzip file may have several members; raw deflate has one, then at most a padding byte
-        data = inflater.unused_data if wbits > 15 and inflater.unused_data[:2] == b"\x1f\x8b" else b""
+        data = (inflater.unused_data + data[at:]) if wbits > 15 else b""
+        data = data if data[:2] == b"\x1f\x8b" else b""
     return bytes(out)
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from deft_med.errors import CorruptError, ResourceError, UnsupportedError
-from deft_med.io.gate import BROKEN, FILE_BYTES, broken, content, inflate
+from deft_med.io.gate import BROKEN, FILE_BYTES, INFLATED_BYTES, broken, content, inflate
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 RAW_DATA = "1.2.840.10008.5.1.4.1.1.66"
@@ -67,24 +68,29 @@ def quiet_pydicom() -> Iterator[None]:
         settings.reading_validation_mode, settings.writing_validation_mode = before
 
 
-def dataset(path: Path, what: str, *, pixels: bool, cap: int = FILE_BYTES) -> Dataset:
-    """A file's dataset, with or without what begins at its pixels; deflated files are inflated under ``cap`` bytes first.
+def dataset(path: Path, what: str, *, pixels: bool) -> Dataset:
+    """A file's dataset, with or without what begins at its pixels; deflated files are inflated under a cap first.
 
     Raises:
         CorruptError: not readable as DICOM, or truncated before the data set.
-        ResourceError: larger than ``cap``, as it lies or inflated.
+        ResourceError: larger than FILE_BYTES as it lies, or than INFLATED_BYTES once inflated.
     """
-    if path.stat().st_size > cap:
-        raise ResourceError(f"{what} is larger than {cap // 2**20} MiB; a CT slice is a thousand times smaller: give the series as single slices")
+    if path.stat().st_size > FILE_BYTES:
+        raise ResourceError(f"{what} is larger than {FILE_BYTES // 2**20} MiB, a thousand CT slices; give the series as single slices")
     data = content(path)
     body, syntax = file_meta(data, what)
     if syntax == DeflatedExplicitVRLittleEndian:
         # handed on as Explicit VR Little Endian, which is what it is once inflated (PS3.5 A.5)
-        value = b"1.2.840.10008.1.2.1\0"
+        squeezed, value = data[body:], b"1.2.840.10008.1.2.1\0"
         data = bytes(128) + b"DICM" + struct.pack("<HH2sH", 2, 0x10, b"UI", len(value)) + value
-        data += inflate(content(path)[body:], wbits=-15, cap=cap, what=what)
+        data += inflate(squeezed, wbits=-15, cap=INFLATED_BYTES, what=what)
     with broken(what), quiet_pydicom():
-        return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=not pixels)
+        ds = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=not pixels)
+        last = ds.get_item(max(ds.keys())) if len(ds) else None
+    # pydicom takes what is left of a value that ends early
+    if isinstance(last, RawDataElement) and last.length != 0xFFFFFFFF and len(last.value or b"") < last.length:
+        raise CorruptError(f"{what} is truncated: its last value ends early; copy or export it again")
+    return ds
 
 
 def file_meta(data: bytes, what: str) -> tuple[int, str]:
@@ -177,7 +183,7 @@ def _check_kind(header: Dataset, what: str) -> None:
         raise UnsupportedError(f"{what} has several frames (or a frame count that is no number), a CT slice has one; export single slices")
     odd = sorted({word.strip().upper() for word in text(header, "ImageType").split("\\")} & NOT_A_SLICE)
     if odd:
-        raise UnsupportedError(f"{what} is no axial CT slice: its Image Type says {', '.join(odd)}; take it out of the series or choose another")
+        raise UnsupportedError(f"{what} is no axial CT slice: its Image Type says {', '.join(odd)}; take it out of the series")
 
 
 def _check_pixels(header: Dataset, what: str, *, allow_lossy: bool) -> None:
@@ -224,7 +230,7 @@ def rescale(header: Dataset, what: str) -> tuple[float, float]:
         raise UnsupportedError(f"{what} has a Modality LUT instead of a rescale; expected RescaleSlope and RescaleIntercept to HU")
     slope, intercept = numbers(header, "RescaleSlope"), numbers(header, "RescaleIntercept")
     if slope is None or intercept is None or slope[0] == 0 or abs(slope[0]) > 1e4 or abs(intercept[0]) > 1e6:
-        raise UnsupportedError(f"{what} has a bad rescale: RescaleSlope and RescaleIntercept must be finite numbers, the slope not 0; export it again")
+        raise UnsupportedError(f"{what} has a bad rescale: RescaleSlope and RescaleIntercept must be finite, the slope not 0; export again")
     if text(header, "RescaleType").upper() not in ("", "HU", "US", "UNSPECIFIED"):
         raise UnsupportedError(f"{what} holds another quantity than HU (RescaleType), as from spectral CT; give the HU series")
     return slope[0], intercept[0]
@@ -233,7 +239,7 @@ def rescale(header: Dataset, what: str) -> tuple[float, float]:
 def _plane(header: Dataset, what: str) -> Plane:
     spacing = numbers(header, "PixelSpacing", 2)
     if spacing is None or min(spacing) <= 0 or max(spacing) > 100:
-        raise UnsupportedError(f"{what} has no usable Pixel Spacing (missing, zero or not two positive lengths in mm), so its size is not known")
+        raise UnsupportedError(f"{what} has no usable Pixel Spacing (missing, or not two positive lengths in mm): its size is not known")
     position, orientation = numbers(header, "ImagePositionPatient", 3), numbers(header, "ImageOrientationPatient", 6)
     if position is None or orientation is None:
         raise UnsupportedError(f"{what} has no Image Position or Image Orientation (Patient), so its place in the patient is not known")

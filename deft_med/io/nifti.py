@@ -53,7 +53,7 @@ def read(path: Path, *, max_bytes: int = MAX_BYTES) -> Source:
         raise UnsupportedError(f"the NIfTI image has {len(shape)} axes; give a volume of two or three (split a 4D series first)")
     voxels = float(np.prod([float(n) for n in shape]))
     if voxels * max(dtype.itemsize, 4) + max(offset, 0) > max_bytes:
-        raise ResourceError(f"the NIfTI header asks for {voxels:.3g} voxels, more than {max_bytes / 2**30:.1f} GiB; crop it or raise max_bytes")
+        raise ResourceError(f"the NIfTI header asks for {voxels:.3g} voxels, over {max_bytes / 2**30:.1f} GiB; crop it or raise max_bytes")
     needed = max(offset, 0) + int(voxels) * dtype.itemsize
     blob = unpack(needed)
     if len(blob) < needed:
@@ -77,8 +77,9 @@ def _axial(array: np.ndarray, affine: np.ndarray, unit: str) -> Volume:
     """[i, j, k] with a RAS affine as a Volume with columns to the left, rows to the back, slices up."""
     if unit not in ("mm", "unknown"):
         raise UnsupportedError(f"the NIfTI image measures space in {unit}, not in mm; convert its header")
-    if not np.isfinite(array).all():
-        raise UnsupportedError(f"the NIfTI image holds {int((~np.isfinite(array)).sum())} values that are not finite (NaN); fill them, air is -1000 HU")
+    bad = int((~np.isfinite(array)).sum())
+    if bad:
+        raise UnsupportedError(f"the NIfTI image holds {bad} values that are not finite (NaN); fill them, air is -1000 HU")
     if array.min() == array.max():
         raise UnsupportedError("every voxel of the NIfTI image has the same value; there is nothing to reconstruct")
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
@@ -115,8 +116,9 @@ def write(volume: Volume, path: Path, *, about: Mapping[str, str | bool | float]
         with writing("the NIfTI volume"):
             nib.save(image, path)
     record = {"Units": volume.unit, "Coordinates": "RAS mm", "IntendedUse": "research only, not for clinical use", **(about or {})}
+    words = json.dumps(record, indent=2, sort_keys=True) + "\n"
     with writing("the NIfTI side-car"):
-        path.with_name(name.removesuffix(".nii") + ".json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path.with_name(name.removesuffix(".nii") + ".json").write_text(words, encoding="utf-8")
 
 
 @contextlib.contextmanager

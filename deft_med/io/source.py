@@ -45,7 +45,8 @@ class Source:
             slices, rows, columns = self.volume.shape
             dz, dy, dx = self.volume.spacing
             name = {"dicom": "CT series (DICOM)", "nifti": "NIfTI volume"}[self.kind]
-            head = f"{name}, {_count(slices, 'slice')} {rows} x {columns}, {dy:.3g} x {dx:.3g} mm, slice step {dz:.3g} mm, {self.volume.unit}"
+            lengths = f"{dy:.3g} x {dx:.3g} mm, slice step {dz:.3g} mm"
+            head = f"{name}, {_count(slices, 'slice')} {rows} x {columns}, {lengths}, {self.volume.unit}"
         return "; ".join([head, *self.notes])
 
 

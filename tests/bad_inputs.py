@@ -1,0 +1,493 @@
+"""Makers of input files that must be refused: name -> (maker(folder) -> path, exit code). Nothing here needs a network or real data.
+
+Every DICOM object is made from scratch and carries the canary below as its patient, which no message may show.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
+
+CANARY = "ZZCANARY"
+CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+SIZE = 32
+
+
+def phantom(index: int = 0, size: int = SIZE) -> np.ndarray:
+    """A disk with an off-centre spot in HU, int16 [row, column]; the spot grows with the index."""
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    image = np.where(x**2 + y**2 < (0.4 * size) ** 2, 40, -1000).astype(np.int16)
+    image[4 + size // 4, size // 2 : size // 2 + 3] = 300 + 10 * index
+    return image
+
+
+def ct_slice(index: int = 0, **changes: Any) -> Dataset:
+    """A valid CT slice at z = 2.5 * index mm; ``changes`` set attributes, None removes one."""
+    ds = Dataset()
+    ds.SpecificCharacterSet = "ISO_IR 100"
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    ds.SOPClassUID, ds.SOPInstanceUID = CT_IMAGE, f"1.2.3.4.5.{index + 1}"
+    ds.StudyDate, ds.StudyTime, ds.AccessionNumber, ds.Modality, ds.Manufacturer = "20200102", "101112", CANARY, "CT", "Maker"
+    ds.ReferringPhysicianName, ds.StudyDescription, ds.SeriesDescription = CANARY, CANARY, CANARY
+    ds.PatientName, ds.PatientID, ds.PatientBirthDate, ds.PatientSex = f"{CANARY}^PHI", f"{CANARY}1", "19011213", "O"
+    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = "1.2.3.1", "1.2.3.2", "1.2.3.3"
+    ds.StudyID, ds.SeriesNumber, ds.AcquisitionNumber, ds.InstanceNumber = "1", 2, 1, index + 1
+    ds.PositionReferenceIndicator, ds.PatientPosition, ds.KVP, ds.SliceThickness = None, "HFS", 120, 2.5
+    ds.PixelSpacing, ds.ImageOrientationPatient = [0.75, 0.5], [1, 0, 0, 0, 1, 0]
+    ds.ImagePositionPatient = [-8, -12, -100 + 2.5 * index]
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.Rows, ds.Columns = 1, "MONOCHROME2", SIZE, SIZE
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1
+    ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = 0, 1, "HU"
+    ds.PixelData = phantom(index).tobytes()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    for keyword, value in changes.items():
+        if value is None:
+            delattr(ds, keyword)
+        else:
+            setattr(ds, keyword, value)
+    return ds
+
+
+def save(ds: Dataset, path: Path) -> Path:
+    """Writes a dataset as a DICOM file, whatever it holds."""
+    ds.file_meta.MediaStorageSOPClassUID = ds.get("SOPClassUID", CT_IMAGE)
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.get("SOPInstanceUID", "1.2.3")
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def series(folder: Path, slices: int = 5, change: Callable[[int, Dataset], None] | None = None) -> Path:
+    """A folder of a valid series; ``change(index, dataset)`` may spoil a slice. File names do not follow the order of the slices."""
+    home = folder / "series"
+    home.mkdir()
+    for index in range(slices):
+        ds = ct_slice(index)
+        if change is not None:
+            change(index, ds)
+        save(ds, home / f"{(index * 7) % 10}{index}.dcm")
+    return home
+
+
+def raw_value(path: Path, keyword: str, value: bytes) -> Path:
+    """Overwrites an attribute's value in a file of Explicit VR Little Endian with bytes of the same length."""
+    tag = pydicom.datadict.tag_for_keyword(keyword)
+    assert tag is not None
+    data = path.read_bytes()
+    at = data.index(struct.pack("<HH", tag >> 16, tag & 0xFFFF), 132)
+    length = struct.unpack_from("<H", data, at + 6)[0]
+    assert len(value) == length, (keyword, length)
+    path.write_bytes(data[: at + 8] + value + data[at + 8 + length :])
+    return path
+
+
+def _slice(name: str = "scan.dcm", **changes: Any) -> Callable[[Path], Path]:
+    return lambda folder: save(ct_slice(**changes), folder / name)
+
+
+def _raw(keyword: str, before: Any, value: bytes) -> Callable[[Path], Path]:
+    """A slice whose attribute is written as ``before`` and then overwritten with bytes that pydicom would not write."""
+    return lambda folder: raw_value(save(ct_slice(**{keyword: before}), folder / "scan.dcm"), keyword, value)
+
+
+def _bytes(data: bytes, name: str = "scan.dcm") -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / name).write_bytes(data)
+        return folder / name
+
+    return make
+
+
+def _cut(share: float) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        path = save(ct_slice(), folder / "scan.dcm")
+        data = path.read_bytes()
+        path.write_bytes(data[: int(len(data) * share)])
+        return path
+
+    return make
+
+
+def cut_in_header(folder: Path) -> Path:
+    path = save(ct_slice(), folder / "scan.dcm")
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"ISO_IR 100") + 60])
+    return path
+
+
+def cut_in_meta(folder: Path) -> Path:
+    path = save(ct_slice(), folder / "scan.dcm")
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+def no_transfer_syntax(folder: Path) -> Path:
+    path = save(ct_slice(), folder / "scan.dcm")
+    meta = struct.pack("<HH2sH", 2, 3, b"UI", 4) + b"1.2\0"
+    data = path.read_bytes()
+    return _bytes(bytes(128) + b"DICM" + meta + data[data.index(b"\x08\x00\x05\x00", 132) :])(folder)
+
+
+def without_preamble(folder: Path) -> Path:
+    data = save(ct_slice(), folder / "scan.dcm").read_bytes()
+    return _bytes(data[data.index(b"\x08\x00\x05\x00", 132) :])(folder)
+
+
+def rgb(folder: Path) -> Path:
+    pixels = np.zeros((SIZE, SIZE, 3), np.uint8).tobytes()
+    return _slice(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, BitsAllocated=8, BitsStored=8, HighBit=7,
+                  PixelRepresentation=0, PixelData=pixels)(folder)  # fmt: skip
+
+
+def ultrasound(folder: Path) -> Path:
+    without = dict.fromkeys(("RescaleSlope", "RescaleIntercept", "PixelSpacing"))
+    return _slice(SOPClassUID="1.2.840.10008.5.1.4.1.1.6.1", Modality="US", **without)(folder)
+
+
+def ct_pd(folder: Path) -> Path:
+    ds = ct_slice(SOPClassUID="1.2.840.10008.5.1.4.1.1.66")
+    ds.add_new(0x70290010, "LO", "CtProjectionData-MayoClinc-v1")
+    ds.add_new(0x70291002, "FL", 1.0)
+    return save(ds, folder / "scan.dcm")
+
+
+def big_meta(folder: Path) -> Path:
+    ds = ct_slice()
+    ds.ModalityLUTSequence = [Dataset()]
+    return save(ds, folder / "scan.dcm")
+
+
+def two_series(folder: Path) -> Path:
+    return series(folder, 4, lambda k, ds: setattr(ds, "SeriesInstanceUID", f"1.2.3.{2 + k % 2}"))
+
+
+def localizer_inside(folder: Path) -> Path:
+    home = series(folder, 4)
+    save(ct_slice(7, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"], ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), home / "scout.dcm")
+    return home
+
+
+def coronal_inside(folder: Path) -> Path:
+    tilt = [1, 0, 0, 0, 0.8, -0.6]
+    return series(folder, 4, lambda k, ds: setattr(ds, "ImageOrientationPatient", tilt) if k == 3 else None)
+
+
+def missing_slice(folder: Path) -> Path:
+    def change(k: int, ds: Dataset) -> None:
+        ds.ImagePositionPatient = [-8, -12, 2.5 * (k + (k > 2))]
+
+    return series(folder, 6, change)
+
+
+def uneven(folder: Path) -> Path:
+    return series(folder, 5, lambda k, ds: setattr(ds, "ImagePositionPatient", [-8, -12, 2.5 * k + 0.4 * (k == 2)]))
+
+
+def duplicated_position(folder: Path) -> Path:
+    return series(folder, 5, lambda k, ds: setattr(ds, "ImagePositionPatient", [-8, -12, 2.5 * min(k, 3)]))
+
+
+def same_uid(folder: Path) -> Path:
+    return series(folder, 4, lambda k, ds: setattr(ds, "SOPInstanceUID", f"1.2.3.4.{max(k, 1)}"))
+
+
+def tilted_stack(folder: Path) -> Path:
+    c, s = np.cos(0.3), np.sin(0.3)
+
+    def change(k: int, ds: Dataset) -> None:
+        ds.ImageOrientationPatient = [1, 0, 0, 0, round(float(c), 6), round(float(-s), 6)]
+        ds.ImagePositionPatient = [-8, -12, 2.5 * k]
+
+    return series(folder, 5, change)
+
+
+def two_patients(folder: Path) -> Path:
+    return series(folder, 4, lambda k, ds: setattr(ds, "PatientID", f"{CANARY}{k // 2}"))
+
+
+def two_spacings(folder: Path) -> Path:
+    return series(folder, 4, lambda k, ds: setattr(ds, "PixelSpacing", [0.75, 0.5 + 0.1 * (k == 3)]))
+
+
+def empty_folder(folder: Path) -> Path:
+    home = folder / "series"
+    home.mkdir()
+    (home / "README.txt").write_text("no images here")
+    return home
+
+
+def empty_file_inside(folder: Path) -> Path:
+    home = series(folder)
+    (home / "99.dcm").touch()
+    return home
+
+
+def fifo(folder: Path) -> Path:
+    os.mkfifo(folder / "scan.dcm")
+    return folder / "scan.dcm"
+
+
+def fifo_inside(folder: Path) -> Path:
+    home = series(folder)
+    os.mkfifo(home / "pipe")
+    return home
+
+
+def compressed(folder: Path, syntax: str, pixels: bytes, **changes: Any) -> Path:
+    """A slice whose pixels are ``pixels`` encapsulated under a transfer syntax."""
+    from pydicom.encaps import encapsulate
+
+    ds = ct_slice(**changes)
+    ds.file_meta.TransferSyntaxUID = UID(syntax)
+    ds.PixelData = encapsulate([pixels])
+    ds["PixelData"].VR = "OB"
+    ds["PixelData"].is_undefined_length = True
+    if UID(syntax).is_private:  # pydicom writes no private syntax: an overlong one of another name is exchanged afterwards
+        ds.file_meta.TransferSyntaxUID = UID(RLE)
+        path = save(ds, folder / "scan.dcm")
+        value = syntax.encode().ljust(20, b"\0")
+        return _bytes(path.read_bytes().replace(RLE.encode().ljust(20, b"\0"), value, 1))(folder)
+    return save(ds, folder / "scan.dcm")
+
+
+def deflated(folder: Path, tail: bytes = b"") -> Path:
+    """A deflated slice with ``tail`` (already deflated away) behind its data set."""
+    buffer = io.BytesIO()
+    ds = ct_slice()
+    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
+    ds.save_as(buffer, enforce_file_format=True)
+    data = buffer.getvalue()
+    start = data.index(b"\x08\x00\x05\x00", 132)
+    value = str(DeflatedExplicitVRLittleEndian).encode() + b"\0" * (len(DeflatedExplicitVRLittleEndian) % 2)
+    meta = struct.pack("<HH2sH", 2, 0x10, b"UI", len(value)) + value
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
+    body = squeeze.compress(data[start:]) + squeeze.compress(tail) + squeeze.flush()
+    return _bytes(bytes(128) + b"DICM" + meta + body)(folder)
+
+
+def deflate_bomb(folder: Path) -> Path:
+    """A file of about a megabyte that inflates to two gigabytes."""
+    value = str(DeflatedExplicitVRLittleEndian).encode() + b"\0" * (len(DeflatedExplicitVRLittleEndian) % 2)
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
+    body = [squeeze.compress(struct.pack("<HH2sHI", 9, 0x1010, b"OB", 0, 2**31 - 2)), squeeze.flush(zlib.Z_FULL_FLUSH)]
+    zeros = squeeze.compress(bytes(2**24)) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    again = squeeze.compress(bytes(2**24)) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    body += [zeros, *[again] * 127, squeeze.flush()]
+    return _bytes(bytes(128) + b"DICM" + struct.pack("<HH2sH", 2, 0x10, b"UI", len(value)) + value + b"".join(body))(folder)
+
+
+def nifti_bytes(
+    shape: tuple[int, ...] = (8, 7, 3), affine: np.ndarray | None = None, fill: float | None = None, dtype: Any = np.float32
+) -> bytes:
+    """A NIfTI file's bytes; ``fill`` goes into the first plane."""
+    import nibabel as nib
+
+    data = np.linspace(-1000, 500, int(np.prod(shape))).reshape(shape).astype(dtype)
+    if fill is not None:
+        data[0] = fill
+    return nib.Nifti1Image(data, np.diag([-2.0, -2.0, 3.0, 1.0]) if affine is None else affine).to_bytes()
+
+
+def _nifti(**how: Any) -> Callable[[Path], Path]:
+    return lambda folder: _bytes(nifti_bytes(**how), "scan.nii")(folder)
+
+
+def nifti_huge(folder: Path) -> Path:
+    data = bytearray(nifti_bytes())
+    struct.pack_into("<8h", data, 40, 3, 32000, 32000, 32000, 1, 1, 1, 1)
+    return _bytes(bytes(data), "scan.nii")(folder)
+
+
+def nifti_bomb(folder: Path) -> Path:
+    data = bytearray(nifti_bytes())
+    struct.pack_into("<8h", data, 40, 3, 4000, 4000, 100, 1, 1, 1, 1)
+    squeezed = gzip.compress(bytes(data), mtime=0) + gzip.compress(bytes(2**24), mtime=0) * 64
+    return _bytes(squeezed, "scan.nii.gz")(folder)
+
+
+def sinogram(**changes: Any) -> dict[str, Any]:
+    """The arrays of a valid sinogram.npz; None removes a key."""
+    y = np.linspace(0, 4, 2 * 12 * 17, dtype=np.float32).reshape(2, 12, 17)
+    arrays: dict[str, Any] = dict(y=y, angles=np.arange(12) * np.pi / 12, pitch=1.5, geometry="parallel",
+                                  grid_shape=np.array([9, 11]), grid_spacing=np.array([2.0, 1.5]))  # fmt: skip
+    return {key: value for key, value in {**arrays, **changes}.items() if value is not None}
+
+
+def _npz(**changes: Any) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        np.savez_compressed(folder / "sinogram.npz", allow_pickle=True, **sinogram(**changes))
+        return folder / "sinogram.npz"
+
+    return make
+
+
+def npz_cut(folder: Path) -> Path:
+    path = _npz()(folder)
+    path.write_bytes(path.read_bytes()[:-60])
+    return path
+
+
+def npz_flipped(folder: Path) -> Path:
+    """One byte of the compressed y is changed."""
+    path = _npz()(folder)
+    data = bytearray(path.read_bytes())
+    data[120] ^= 0xFF
+    path.write_bytes(bytes(data))
+    return path
+
+
+def npz_lying(folder: Path) -> Path:
+    """A member whose header claims a terabyte."""
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 500, 500), }"
+    header += b" " * (118 - len(header) - 1) + b"\n"
+    with zipfile.ZipFile(folder / "sinogram.npz", "w") as archive:
+        archive.writestr("y.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(64))
+    return folder / "sinogram.npz"
+
+
+def npz_bomb(folder: Path) -> Path:
+    """Members that unpack to more than four gigabytes, by their own account."""
+    path = folder / "sinogram.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("y.npy", bytes(1000))
+        archive.writestr("noise.npy", bytes(1000))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\x01\x02")
+    struct.pack_into("<I", data, at + 24, 0xFFFFFFF0)
+    struct.pack_into("<I", data, data.index(b"PK\x01\x02", at + 4) + 24, 0xFFFFFFF0)
+    path.write_bytes(bytes(data))
+    return path
+
+
+def zip_of_text(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+    return folder / "images.zip"
+
+
+J2K, JPEG_LOSSY, RLE, HEVC, JPEG_LS = (f"1.2.840.10008.1.2.{n}" for n in ("4.90", "4.51", "5", "4.107", "4.80"))
+
+BAD_INPUTS: dict[str, tuple[Callable[[Path], Path], int]] = {
+    # no file at all
+    "no such path": (lambda folder: folder / "nothing.dcm", 2),
+    "fifo": (fifo, 2),
+    "fifo in a folder": (fifo_inside, 2),
+    # bytes
+    "empty file": (_bytes(b""), 4),
+    "text renamed .dcm": (_bytes(b"this is a letter, not an image\n" * 40), 4),
+    "noise renamed .dcm": (_bytes(np.random.default_rng(1).bytes(4096)), 4),
+    "PNG renamed .dcm": (_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200)), 3),
+    "ZIP without a sinogram": (zip_of_text, 3),
+    "preamble only": (_bytes(bytes(128) + b"DICM"), 4),
+    "truncated in meta": (cut_in_meta, 4),
+    "truncated in header": (cut_in_header, 4),
+    "truncated pixels": (_cut(0.7), 4),
+    "no pixels": (_slice(PixelData=None), 4),
+    "no transfer syntax": (no_transfer_syntax, 4),
+    "no preamble": (without_preamble, 3),
+    "empty file in a folder": (empty_file_inside, 4),
+    "deflate bomb": (deflate_bomb, 6),
+    # geometry of a slice
+    "no PixelSpacing": (_slice(PixelSpacing=None), 3),
+    "PixelSpacing 0": (_slice(PixelSpacing=[0, 0]), 3),
+    "PixelSpacing negative": (_slice(PixelSpacing=[-1, 1]), 3),
+    "PixelSpacing NaN": (_raw("PixelSpacing", [0.75, 0.25], b"NaN\\NaN   "), 3),
+    "no position": (_slice(ImagePositionPatient=None), 3),
+    "no orientation": (_slice(ImageOrientationPatient=None), 3),
+    "skewed orientation": (_slice(ImageOrientationPatient=[1, 0, 0, 0.5, 0.866, 0]), 3),
+    "sagittal": (_slice(ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), 3),
+    # scale
+    "RescaleSlope NaN": (_raw("RescaleSlope", "1.00", b"NaN "), 3),
+    "RescaleSlope 0": (_slice(RescaleSlope=0), 3),
+    "RescaleSlope text": (_raw("RescaleSlope", "1.00", b"abc "), 3),
+    "RescaleSlope infinite": (_raw("RescaleSlope", "1.0000", b"1e400 "), 3),
+    "RescaleSlope empty": (_slice(RescaleSlope=""), 3),
+    "no RescaleSlope": (_slice(RescaleSlope=None), 3),
+    "Modality LUT": (big_meta, 3),
+    "RescaleType not HU": (_slice(RescaleType="MGML"), 3),
+    # pixels
+    "Rows 0": (_slice(Rows=0), 4),
+    "no Rows": (_slice(Rows=None), 4),
+    "Rows 65535": (_slice(Rows=65535, Columns=65535), 6),
+    "BitsStored 17": (_slice(BitsStored=17), 4),
+    "PixelRepresentation 7": (_slice(PixelRepresentation=7), 4),
+    "one row": (_slice(Rows=1), 3),
+    "constant": (_slice(PixelData=bytes(2 * SIZE * SIZE)), 3),
+    "values like counts": (_slice(RescaleSlope=5000), 3),
+    "RGB": (rgb, 3),
+    "several frames": (_slice(NumberOfFrames=3), 3),
+    "frames as text": (_raw("NumberOfFrames", "12", b"ab"), 3),
+    # kinds
+    "ultrasound": (ultrasound, 3),
+    "MR": (_slice(SOPClassUID="1.2.840.10008.5.1.4.1.1.4", Modality="MR"), 3),
+    "enhanced CT": (_slice(SOPClassUID="1.2.840.10008.5.1.4.1.1.2.1"), 3),
+    "CT-PD": (ct_pd, 3),
+    "private raw data": (_slice(SOPClassUID="1.2.840.10008.5.1.4.1.1.66"), 3),
+    "unknown class": (_slice(SOPClassUID="1.2.3.4.5.6"), 3),
+    "DICOMDIR": (_slice("DICOMDIR", SOPClassUID="1.2.840.10008.1.3.10"), 3),
+    "no class": (_slice(SOPClassUID=None), 4),
+    "localizer": (_slice(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), 3),
+    "projection": (_slice(ImageType=["DERIVED", "SECONDARY", "AXIAL", "MIP"]), 3),
+    # compression
+    "missing decoder": (lambda folder: compressed(folder, HEVC, b"\0\0\0\1"), 3),
+    "unknown syntax": (lambda folder: compressed(folder, "1.2.3.4.5.6.7", b"\0\0\0\1"), 3),
+    "lossy without the flag": (lambda folder: compressed(folder, JPEG_LOSSY, b"\xff\xd8\xff\xd9"), 3),
+    "lossy once": (_slice(LossyImageCompression="01"), 3),
+    "broken JPEG 2000": (lambda folder: compressed(folder, J2K, b"\xff\x4f\xff\x51" + bytes(64)), 4),
+    "broken RLE": (lambda folder: compressed(folder, RLE, struct.pack("<16I", 9, *range(15))), 4),
+    # series
+    "folder without DICOM": (empty_folder, 3),
+    "two series in a folder": (two_series, 3),
+    "localizer inside a series": (localizer_inside, 3),
+    "two orientations": (coronal_inside, 3),
+    "missing slice": (missing_slice, 3),
+    "uneven slices": (uneven, 3),
+    "duplicated position": (duplicated_position, 3),
+    "one UID twice": (same_uid, 3),
+    "tilted stack": (tilted_stack, 3),
+    "two patients": (two_patients, 3),
+    "two pixel spacings": (two_spacings, 3),
+    # NIfTI
+    "NIfTI truncated": (lambda folder: _bytes(nifti_bytes()[:-40], "scan.nii")(folder), 4),
+    "NIfTI 4D": (_nifti(shape=(4, 5, 3, 2)), 3),
+    "NIfTI NaN": (_nifti(fill=np.nan), 3),
+    "NIfTI sheared": (_nifti(affine=np.array([[2.0, 0, 0, 0], [0, 2, 0.5, 0], [0, 0, 3, 0], [0, 0, 0, 1]])), 3),
+    "NIfTI complex": (_nifti(dtype=np.complex64), 3),
+    "NIfTI constant": (lambda folder: _bytes(nifti_bytes((1, 2, 2), fill=3.0), "scan.nii")(folder), 3),
+    "NIfTI huge": (nifti_huge, 6),
+    "NIfTI bomb": (nifti_bomb, 6),
+    "gzip of text": (lambda folder: _bytes(gzip.compress(b"hello " * 500), "scan.nii.gz")(folder), 3),
+    "gzip truncated": (lambda folder: _bytes(gzip.compress(nifti_bytes())[:200], "scan.nii.gz")(folder), 4),
+    "gzip broken": (lambda folder: _bytes(gzip.compress(nifti_bytes())[:20] + b"\xff" * 200, "scan.nii.gz")(folder), 4),
+    # sinogram
+    "npz with pickled objects": (_npz(y=np.array([{"a": 1}, None], dtype=object)), 3),
+    "npz with wrong shapes": (_npz(y=np.zeros((2, 11, 17))), 3),
+    "npz with NaN": (_npz(y=np.full((2, 12, 17), np.nan)), 3),
+    "npz with NaN noise": (_npz(noise=np.nan), 3),
+    "npz with noise 0": (_npz(noise=0.0), 3),
+    "npz in degrees": (_npz(angles=np.arange(12) * 15.0), 3),
+    "npz of counts": (_npz(y=np.full((2, 12, 17), 2e4)), 3),
+    "npz without pitch": (_npz(pitch=None), 3),
+    "npz with unknown key": (_npz(patient=np.array([CANARY])), 3),
+    "npz of an unknown geometry": (_npz(geometry="spiral"), 3),
+    "npz fan without source": (_npz(geometry="fan"), 3),
+    "npz with text": (_npz(y=np.array(["a", "b"])), 3),
+    "npz with half a pixel": (_npz(grid_shape=np.array([9.5, 11])), 3),
+    "npz with two pitches": (_npz(pitch=np.array([1.0, 2.0])), 3),
+    "npz truncated": (npz_cut, 4),
+    "npz with a flipped byte": (npz_flipped, 4),
+    "npz that lies": (npz_lying, 4),
+    "npz bomb": (npz_bomb, 6),
+}

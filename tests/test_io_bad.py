@@ -1,0 +1,109 @@
+"""Every bad input ends in its error class, with one clear line, nobody's name, and its bytes as they were."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import stat
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from bad_inputs import BAD_INPUTS, CANARY, ct_slice, deflated, save, series
+
+from deft_med.errors import DeftMedError, ResourceError, UnsupportedError
+from deft_med.io import read
+
+# What the line must say, beside its exit code.
+WORDS = {
+    "no such path": "no such path", "fifo": "pipe", "empty file": "empty", "text renamed .dcm": "is text",
+    "noise renamed .dcm": "no known kind", "PNG renamed .dcm": "PNG", "ZIP without a sinogram": "no y",
+    "preamble only": "inside its first header", "truncated in meta": "inside its first header",
+    "truncated in header": "ends early", "truncated pixels": "ends early", "no pixels": "before its pixels",
+    "no transfer syntax": "no transfer syntax", "no preamble": "preamble of Part 10", "deflate bomb": "inflate to more than",
+    "no PixelSpacing": "Pixel Spacing", "no position": "Image Position", "skewed orientation": "right angle",
+    "sagittal": "not an axial slice", "RescaleSlope NaN": "bad rescale", "Modality LUT": "Modality LUT",
+    "RescaleType not HU": "another quantity", "Rows 0": "Rows 0", "Rows 65535": "65535 x 65535", "one row": "at least 2 x 2",
+    "BitsStored 17": "bits allocated", "PixelRepresentation 7": "have a sign", "constant": "same value",
+    "values like counts": "no CT numbers", "RGB": "colour", "several frames": "several frames", "ultrasound": "Ultrasound",
+    "MR": "MR image", "enhanced CT": "multi-frame", "CT-PD": "DICOM-CT-PD", "private raw data": "private format",
+    "unknown class": "unknown kind", "DICOMDIR": "index", "no class": "what kind of object", "localizer": "LOCALIZER",
+    "missing decoder": "no decoder", "unknown syntax": "not known", "lossy once": "allow-lossy",
+    "broken JPEG 2000": "could not be decoded", "folder without DICOM": "no DICOM file", "two series in a folder": "2 series",
+    "localizer inside a series": "LOCALIZER", "two orientations": "orientation", "missing slice": "1 slices are missing",
+    "uneven slices": "not evenly spaced", "duplicated position": "duplicated position", "one UID twice": "same SOP Instance UID",
+    "tilted stack": "tilted", "two patients": "patient", "two pixel spacings": "pixel spacing",
+    "NIfTI truncated": "truncated", "NIfTI 4D": "4 axes", "NIfTI NaN": "not finite", "NIfTI sheared": "sheared",
+    "NIfTI complex": "complex", "NIfTI constant": "same value", "NIfTI huge": "voxels", "gzip of text": "not of a NIfTI",
+    "gzip truncated": "end early", "gzip broken": "do not inflate", "npz with pickled objects": "pickled",
+    "npz with wrong shapes": "Scan.y", "npz with NaN": "y must hold finite", "npz with noise 0": "positive everywhere",
+    "npz in degrees": "radians", "npz of counts": "photon counts", "npz without pitch": "lacks pitch",
+    "npz with unknown key": "1 unknown keys", "npz of an unknown geometry": "'parallel' or 'fan'",
+    "npz fan without source": "source_origin is needed", "npz with half a pixel": "whole numbers",
+    "npz with two pitches": "one number", "npz truncated": "damaged or truncated ZIP", "npz that lies": "asks for more bytes",
+    "npz bomb": "unpacks to more",
+}  # fmt: skip
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if stat.S_ISREG(path.stat().st_mode) else "special"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_a_bad_input_is_refused(name: str, tmp_path: Path) -> None:
+    make, code = BAD_INPUTS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, about what the makers write
+        path = make(tmp_path)
+    before, start = fingerprint(tmp_path), time.monotonic()
+    with pytest.raises(DeftMedError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert caught.value.exit_code == code, message
+    assert WORDS.get(name, "") in message
+    assert time.monotonic() - start < 5
+    assert fingerprint(tmp_path) == before
+    assert "\n" not in message and 30 < len(message) < 300, message
+    chain: BaseException | None = caught.value
+    while chain is not None:  # what a traceback would show
+        assert CANARY not in str(chain) and str(tmp_path) not in str(chain) and "19011213" not in str(chain)
+        chain = None if chain.__suppress_context__ else chain.__context__
+
+
+def test_a_bomb_is_stopped_in_bounded_memory(tmp_path: Path) -> None:
+    path = BAD_INPUTS["deflate bomb"][0](tmp_path)
+    assert path.stat().st_size < 4e6
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ResourceError, match="refused"):
+        read(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600e3  # KiB
+
+
+def test_an_honest_deflated_file_is_read(tmp_path: Path) -> None:
+    deflated(tmp_path)
+    plain = save(ct_slice(), tmp_path / "plain.dcm")
+    assert (read(tmp_path / "scan.dcm").volume.data == read(plain).volume.data).all()  # type: ignore[union-attr]
+
+
+def test_limits_are_the_callers(tmp_path: Path) -> None:
+    home = series(tmp_path)
+    with pytest.raises(ResourceError, match="series needs"):
+        read(home, max_bytes=10_000)
+
+
+def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deft_med.io.dicom.MOST_FILES", 3)
+    with pytest.raises(ResourceError, match="more than 3 files"):
+        read(series(tmp_path))
+
+
+def test_lossy_is_read_with_leave_and_recorded(tmp_path: Path) -> None:
+    path = save(ct_slice(LossyImageCompression="01"), tmp_path / "scan.dcm")
+    with pytest.raises(UnsupportedError, match="lossy"):
+        read(path)
+    source = read(path, allow_lossy=True)
+    assert source.lossy and "lossy" in source.describe()
