@@ -121,8 +121,8 @@ def ct_metrics(x: ArrayLike, ref: ArrayLike) -> dict[str, Any]:
     """PSNR (dB) and SSIM of HU volumes (slice, row, column), both clipped to [-1000, 1000] HU, range 2000 HU, per slice.
 
     Returns {"psnr", "ssim", "psnr_body", "ssim_body": one number per slice (full frame, and inside the reference's body mask),
-    "mean": {...}, "sd": {...}} with mean and standard deviation over slices. None stands for what is not a finite number (no body in the slice, equal
-    images, the deviation of one slice), so that the result is plain JSON.
+    "mean": {...}, "sd": {...}} with mean and standard deviation over slices. None stands for what is not a finite number (no body in the
+    slice, equal images, the deviation of one slice), so that the result is plain JSON.
     """
     x, ref = np.asarray(x, np.float64), np.asarray(ref, np.float64)
     if x.ndim != 3 or x.shape != ref.shape:

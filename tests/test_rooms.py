@@ -17,7 +17,7 @@ PACKAGES = ("operators", "deft_med")
 # its modules. A module may always import `errors` and its own package's private modules are listed like any other.
 FOUNDATION = {"operators", "errors", "volume"}
 INFERENCE = FOUNDATION | {"schedule", "intensity", "network", "prior", "likelihood", "htransform", "guidance", "finetune", "sample"}
-EDGES = INFERENCE | {"io", "simulate", "bundle", "dialects", "data", "config", "metrics"}
+EDGES = INFERENCE | {"io", "simulate", "bundle", "card", "attribution", "dialects", "data", "config", "metrics"}
 COMMANDS = {"reconstruct", "train", "benchmark"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -43,7 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "simulate": FOUNDATION | {"config", "intensity"},
     "data": FOUNDATION | {"io", "simulate", "config", "intensity"},
     # models on disk
-    "bundle": {"errors", "network", "prior", "htransform", "schedule", "intensity", "dialects", "volume"},
+    "card": {"errors", "config", "volume", "operators"},
+    "attribution": {"card", "errors"},
+    "bundle": {"errors", "network", "prior", "htransform", "schedule", "intensity", "dialects", "volume", "card", "attribution"},
     "dialects": {"errors", "network", "prior", "schedule", "intensity", "dialects"},
     # the loop and the pages
     "fit": INFERENCE | {"metrics", "config"},

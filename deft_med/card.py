@@ -1,0 +1,213 @@
+"""The card of a model: what it is, what it was trained on, what it may be used for; and the check of a scan against it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .config import build
+from .errors import ModelError, UsageError
+from .volume import Scan
+
+WEIGHTS = ("prior.safetensors", "h.safetensors")
+SLACK = 0.02  # by how much, relatively, a scan may leave a range: lengths and noise levels are rounded on the way
+
+
+@dataclass(frozen=True)
+class Network:
+    """Shape of a `network.UNet`: channels per level, width of its embedding, residual blocks per level, number of parameters."""
+
+    widths: tuple[int, ...]
+    dim: int = 128
+    blocks: int = 1
+    parameters: int = 0
+
+
+@dataclass(frozen=True)
+class HNetwork(Network):
+    """Shape of the h-transform, the filter of the residual it is fed, and its form (`htransform.HTransform`)."""
+
+    residual: dict[str, str] = dataclasses.field(default_factory=lambda: {"window": "hann"})
+    form: str = "edm"
+
+
+@dataclass(frozen=True)
+class WindowRange:
+    """u = (value - offset) / scale."""
+
+    offset: float
+    scale: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """Ranges of measurements that h was trained on: views, covered angle, and noise as Gaussian percent or as photons per ray."""
+
+    geometry: str
+    views: tuple[int, int]
+    coverage_deg: tuple[float, float]
+    gaussian_percent: tuple[float, float] | None = None
+    photons: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Training data by collection and licence, with numbers of subjects and slices."""
+
+    collection: str
+    licence: str
+    doi: str
+    subjects: int
+    slices: int
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured number: what, where, mean and standard deviation over n subjects, and the command that measures it."""
+
+    name: str
+    value: float
+    n: int
+    data: str
+    command: str
+    sd: float | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample, chosen on the tune subjects: noise fraction eta, trust of the data-consistency steps."""
+
+    eta: float = 0.7
+    trust: float = 1.0
+
+
+@dataclass(frozen=True)
+class Card:
+    """The card.json of a bundle."""
+
+    name: str
+    version: str
+    modality: str
+    anatomy: tuple[str, ...]
+    window: WindowRange
+    pixel_size_mm: tuple[float, float]
+    field_of_view_mm: tuple[float, float]
+    channels: int
+    sigma_data: float
+    sigma_min: float
+    sigma_max: float
+    prior: Network
+    h: HNetwork
+    protocols: tuple[Acquisition, ...]
+    training_data: tuple[Collection, ...]
+    metrics: tuple[Metric, ...]
+    configs: tuple[str, ...]
+    sha256: dict[str, str]
+    licence: str
+    deft_med: str
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", self.name):
+            problems.append("name wants lower-case letters, digits, - and _")
+        for where, pair in self._ranges():
+            if not (0 < pair[0] <= pair[1] and math.isfinite(pair[1])):
+                problems.append(f"{where} wants 0 < low <= high, got {pair[0]:g} and {pair[1]:g}")
+        if not (self.sigma_data > 0 and 0 < self.sigma_min < self.sigma_max and self.window.scale > 0 and self.channels > 0):
+            problems.append("sigma_data, sigma_min < sigma_max, window.scale and channels want to be positive")
+        if set(self.sha256) != set(WEIGHTS) or not all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in self.sha256.values()):
+            problems.append(f"sha256 wants one digest for each of {', '.join(WEIGHTS)}")
+        if self.licence != "CC-BY-4.0":
+            problems.append(f"licence wants CC-BY-4.0, got {self.licence!r}")
+        if problems:
+            raise ModelError("the model's card is not valid: " + "; ".join(problems))
+
+    def _ranges(self) -> Iterable[tuple[str, tuple[float, float]]]:
+        yield from (("pixel_size_mm", self.pixel_size_mm), ("field_of_view_mm", self.field_of_view_mm))
+        for number, one in enumerate(self.protocols):
+            for name in ("views", "coverage_deg", "gaussian_percent", "photons"):
+                if getattr(one, name) is not None:
+                    yield f"protocols[{number}].{name}", getattr(one, name)
+
+    def to_json(self) -> str:
+        """The card as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False) + "\n"
+
+
+def parse(content: Mapping[str, Any] | str | bytes) -> Card:
+    """A card from its JSON text or its mapping; ModelError for text that is no JSON, an unknown or missing field, a wrong type."""
+    if isinstance(content, (str, bytes)):
+        try:
+            content = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ModelError("the model's card.json is no JSON: the bundle is damaged, install it again") from error
+    try:
+        return build(content, Card)
+    except UsageError as error:
+        raise ModelError(f"the model's card.json is not a card of this version of deft_med: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- does it fit this scan?
+
+
+def check(card: Card, scan: Scan, *, modality: str = "CT", anatomy: str | None = None) -> list[str]:
+    """What lies outside the card's scope in a scan: one sentence each, nothing when all is well. Unknown noise is not judged."""
+    (ny, nx), (dy, dx) = scan.grid.shape, scan.grid.spacing
+    angles = np.sort(np.asarray(scan.acquisition.angles))
+    views = len(angles)
+    coverage = math.degrees(float(angles[-1] - angles[0])) * views / max(1, views - 1) if views > 1 else 0.0
+    geometry = "parallel" if type(scan.acquisition).__name__ == "ParallelBeam" else "fan"
+    percent = photons = None
+    if scan.noise is not None:
+        noise = np.broadcast_to(scan.noise, scan.y.shape)
+        spread = float(noise.max() / noise.min())
+        if spread < 1.5 or (noise.shape[0] > 1 and np.ptp(noise, axis=(1, 2)).max() == 0):  # one level, or one per slice
+            percent = 100 * float(np.mean(noise.mean((1, 2)) / np.maximum(scan.y.mean((1, 2)), 1e-6)))
+        else:
+            photons = float(np.median(np.exp(np.minimum(scan.y, 50)) / noise.astype(np.float64) ** 2))
+    return out_of_scope(card, modality=modality, anatomy=anatomy, pixel_size_mm=(dy, dx), field_of_view_mm=max(ny * dy, nx * dx),
+                        geometry=geometry, views=views, coverage_deg=coverage, gaussian_percent=percent, photons=photons)  # fmt: skip
+
+
+def out_of_scope(card: Card, *, modality: str, pixel_size_mm: tuple[float, float], field_of_view_mm: float, anatomy: str | None = None,
+                 geometry: str | None = None, views: int | None = None, coverage_deg: float | None = None,
+                 gaussian_percent: float | None = None, photons: float | None = None) -> list[str]:  # fmt: skip
+    """The same from numbers: None is not judged. Of the card's protocols the one with the fewest objections speaks."""
+    found = []
+    if modality != card.modality:
+        found.append(f"modality {modality}: the model was trained on {card.modality}")
+    if anatomy is not None and anatomy.lower() not in {a.lower() for a in card.anatomy}:
+        found.append(f"anatomy {anatomy.lower()}: the model was trained on {', '.join(card.anatomy)}")
+    for size in sorted(set(pixel_size_mm)):
+        found += _outside("pixel size", size, card.pixel_size_mm, "mm")
+    found += _outside("field of view", field_of_view_mm, card.field_of_view_mm, "mm")
+    objections = []
+    for one in card.protocols:
+        these = [] if geometry in (None, one.geometry) else [f"{geometry} beam: the model was trained on {one.geometry} beams"]
+        these += _outside("number of views", views, one.views, "")
+        # more than a half turn of parallel rays measures nothing new
+        covered = None if coverage_deg is None else min(coverage_deg, one.coverage_deg[1])
+        these += _outside("angular coverage", covered, one.coverage_deg, "degrees")
+        for what, level, allowed, unit in (("noise", gaussian_percent, one.gaussian_percent, "% of the mean line integral"),
+                                           ("dose", photons, one.photons, "photons per ray")):  # fmt: skip
+            if level is not None:
+                these += _outside(what, level, allowed, unit) if allowed else [f"{what} of this kind: the model was not trained on it"]
+        objections.append(these)
+    return found + (min(objections, key=len) if objections else [])
+
+
+def _outside(what: str, value: float | None, allowed: tuple[float, float], unit: str) -> list[str]:
+    low, high = allowed
+    if value is None or low * (1 - SLACK) <= value <= high * (1 + SLACK):
+        return []
+    return [f"{what} {value:.3g} {unit}".rstrip() + f": the model was trained on {low:g} to {high:g} {unit}".rstrip()]
