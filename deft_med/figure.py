@@ -62,6 +62,12 @@ def estimate_name(reconstruction: Any) -> str:
     return f"average of {reconstruction.samples} samples"
 
 
+def marks(reconstruction: Any) -> list[str]:
+    """The warnings that every figure and page carries in capitals."""
+    found = ["SIMULATED"] if reconstruction.simulated else []
+    return found + (["OUT OF SCOPE"] if reconstruction.provenance.get("out_of_scope") else [])
+
+
 def score(reconstruction: Any, method: str, index: int) -> str:
     """PSNR and SSIM of one slice as a caption; empty where they were not measured."""
     found = reconstruction.metrics.get(method, {}) if reconstruction.metrics else {}
@@ -211,12 +217,13 @@ def figure(reconstruction: Any, slice_index: int | None = None) -> Figure:
     def text(x: float, y: float, words: str, **style: Any) -> None:
         fig.text(x / total_w, 1 - y / total_h, words, **{"family": _FONT, "color": _INK, **style})
 
-    text(left, 0.34, r.title, size=14, weight="bold", va="center")
+    badges = marks(r)
+    text(left, 0.34, _cut(r.title, int(7.4 * (total_w - left - right - 1.6 * len(badges)))), size=14, weight="bold", va="center")
     words = [f"{method_name(r.method)}" + (f", {estimate_name(r)}" if estimate_name(r) else ""), f"slice {index + 1} of {count}"]
     words += [str(r.provenance["protocol"])] if "protocol" in r.provenance else []
     text(left, 0.66, "   ·   ".join(words), size=9.5, color=_GREY, va="center")
-    if r.simulated:
-        text(total_w - right, 0.34, "SIMULATED", size=11.5, weight="bold", color="white", ha="right", va="center",
+    for place, badge in enumerate(badges):
+        text(total_w - right - 1.55 * place, 0.34, badge, size=11.5, weight="bold", color="white", ha="right", va="center",
              bbox={"boxstyle": "round,pad=0.4", "facecolor": _RED, "edgecolor": "none"})
     text(total_w - right, 0.70, NOTICE, size=8.5, color=_RED, ha="right", va="center")
 
@@ -253,7 +260,7 @@ def figure(reconstruction: Any, slice_index: int | None = None) -> Figure:
         for side, scale in scales.items():
             x = left - 0.22 if side == "left" else left + columns * (wide + gap) - gap + 0.08
             _colour_bar(fig, axes(x, top + 0.12 * high, 0.13, 0.76 * high), scale, side)
-    text(left, total_h - 0.36, _provenance_line(r.provenance), size=7.5, color=_GREY, va="center")
+    text(left, total_h - 0.36, _provenance_line(r.provenance, int(13 * (total_w - left - right))), size=7.5, color=_GREY, va="center")
     return fig
 
 
@@ -317,13 +324,22 @@ def _colour_bar(fig: Figure, ax: Axes, scale: ScalarMappable, side: str) -> None
     bar.outline.set_edgecolor("#c4ccd4")
 
 
-def _provenance_line(provenance: Mapping[str, Any]) -> str:
-    parts = []
-    for key, value in provenance.items():
-        words = "" if value is None or value == [] else str(value)
+def _provenance_line(provenance: Mapping[str, Any], length: int) -> str:
+    first = ("model", "model_sha256", "seed", "steps", "deft_med", "noise", "device", "torch")
+    left_out = {"protocol", "method", "estimate", "samples", "simulated", "out_of_scope", "source", "source_sha256"}
+    line = ""
+    for key in (*(k for k in first if k in provenance), *(k for k in provenance if k not in first)):
+        value = provenance[key]
         if "sha" in key:
-            words = words[:12]
-        if words and len(words) <= 40 and key not in ("protocol", "method", "estimate", "samples", "simulated"):
-            parts.append(f"{key.replace('_', ' ')} {words}")
-    line = "   ·   ".join(parts)
-    return line if len(line) <= 165 else line[:162].rsplit("   ·   ", 1)[0] + "   ·   …"
+            value = ", ".join(str(v)[:12] for v in (value.values() if isinstance(value, Mapping) else [value] if value else []))
+        words = f"{key.replace('_', ' ')} {value}"
+        if key in left_out or value is None or value is False or value in ("", []) or len(words) > 60:
+            continue
+        if len(line) + len(words) > length:
+            break
+        line += ("   ·   " if line else "") + words
+    return line
+
+
+def _cut(words: str, length: int) -> str:
+    return words if len(words) <= length else words[: length - 1].rstrip(" ,;:") + "…"

@@ -15,7 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from .figure import METRIC_NAMES, NOTICE, difference_range, estimate_name, figure, find_detail, method_name, orientation, spacing, std_range
+from .figure import (
+    METRIC_NAMES,
+    NOTICE,
+    difference_range,
+    estimate_name,
+    figure,
+    find_detail,
+    marks,
+    method_name,
+    orientation,
+    spacing,
+    std_range,
+)
 from .metrics import mean_sd
 
 LIMIT = 8_000_000
@@ -39,7 +51,7 @@ def page(reconstruction: Any) -> str:
         page_title=html.escape(title),
         title=html.escape(r.title),
         subtitle=html.escape(" · ".join(subtitle)),
-        badge='<span class="badge">SIMULATED</span>' if r.simulated else '<span class="badge measured">MEASURED</span>',
+        badge=_badges(r),
         kind=html.escape(_kind(r)),
         notice=html.escape(NOTICE),
         cards=_cards(r),
@@ -50,10 +62,17 @@ def page(reconstruction: Any) -> str:
     )
 
 
+def _badges(r: Any) -> str:
+    measured = "" if r.simulated else '<span class="badge measured">MEASURED</span> '
+    return measured + " ".join(f'<span class="badge">{mark}</span>' for mark in marks(r))
+
+
 def _kind(r: Any) -> str:
+    text = "Reconstructed from measured data. There is no reference: differences are to filtered backprojection."
     if r.simulated:
-        return "Retrospective study: the acquisition was simulated from a finished image, which is the reference. It is not an examination."
-    return "Reconstructed from measured data. There is no reference: differences are to filtered backprojection."
+        text = "Retrospective study: the acquisition was simulated from a finished image, which is the reference. It is not an examination."
+    flags = r.provenance.get("out_of_scope")
+    return text + (f" Outside the scope of the model: {'; '.join(map(str, flags))}." if flags else "")
 
 
 # --------------------------------------------------------------------------------------------------------------------- the viewer

@@ -108,6 +108,20 @@ def test_the_page_is_self_contained_and_escapes_its_words(html: str) -> None:
     assert "undefined" not in re.sub(r"<script>.*", "", html, flags=re.S)
 
 
+def test_a_run_outside_the_scope_is_marked_everywhere() -> None:
+    reconstruction = made((1, 32, 32), provenance={"out_of_scope": ["pixel size 3 mm: too large"]})
+    assert {"SIMULATED", "OUT OF SCOPE"} <= set(texts(reconstruction))
+    html = pages.page(reconstruction)
+    assert '<span class="badge">OUT OF SCOPE</span>' in html and "pixel size 3 mm" in html
+
+
+def test_a_long_title_is_cut_and_digests_are_short() -> None:
+    sha = {"prior.safetensors": "ab" * 32, "h.safetensors": "cd" * 32}
+    words = texts(made((1, 32, 32), title="a long title " * 20, provenance={"model": "ct 1", "model_sha256": sha, "steps": None}))
+    assert any(w.startswith("a long title") and w.endswith("…") and len(w) < 100 for w in words)
+    assert any("model sha256 abababababab, cdcdcdcdcdcd" in w and "steps" not in w for w in words)
+
+
 def test_the_viewer_holds_the_volume_to_one_hounsfield_unit(html: str) -> None:
     reconstruction = made()
     data = viewer(html)
