@@ -8,7 +8,6 @@ from operators.ct import MU_WATER
 from operators.linear import LinearOperator
 
 
-
 class Affine:
     """u -> A(a u + b): a linear operator behind a window. The data stay as they are, so it is right for every likelihood.
 

@@ -1,7 +1,7 @@
 """The four kinds of network that fit() trains: what each of them is, the loss it learns from, and how it is validated."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,17 +135,25 @@ class Measurements:
         return Noise(photons=value, electronic=self.ranges.electronic) if photon else Noise(gaussian_percent=value)
 
 
+def bare(config: Training) -> nn.Module:
+    """The module that a configuration describes, untrained."""
+    inputs, scalars = {"prior": (1, 1), "htransform": (3, 3), "supervised": (1, 2), "conditional": (2, 3)}[config.kind]
+    network = UNet(inputs, 1, config.network.widths, scalars=scalars, blocks=config.network.blocks, dim=config.network.dim)
+    if config.kind == "htransform":
+        return HTransform(network, sd=config.sd, form=config.loss)
+    if config.kind == "supervised":
+        return Supervised(network)
+    return (Prior if config.kind == "prior" else Conditional)(network, sd=config.sd)
+
+
 Objective = Callable[[Generator, Stage], Tensor]
 Validate = Callable[[], dict[str, float]]
 
 
-def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None = None,
-             half: bool = False) -> tuple[nn.Module, Objective, Validate]:
+def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None = None) -> tuple[nn.Module, Objective, Validate]:
     """The module to train, its objective and its validation, ready for ``fit``."""
     torch.manual_seed(config.recipe.seed)
-    inputs, scalars = {"prior": (1, 1), "htransform": (3, 3), "supervised": (1, 2), "conditional": (2, 3)}[config.kind]
-    network = UNet(inputs, 1, config.network.widths, scalars=scalars, blocks=config.network.blocks, dim=config.network.dim)
-    network.half = half
+    model = bare(config)
     measurements: dict[int, Measurements] = {}
 
     def images(generator: Generator, stage: Stage) -> tuple[Tensor, Tensor]:
@@ -166,12 +174,12 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
         return denoising_loss(estimate, u, sigma, config.sd)
 
     def noised(u: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        sigma = draw_vp(len(u), generator=generator) if config.loss == "epsilon" else draw(len(u), generator=generator, noisy=config.noisy)
+        epsilon = config.loss == "epsilon"
+        sigma = draw_vp(len(u), generator=generator) if epsilon else draw(len(u), generator=generator, noisy=config.noisy)
         return perturb(u, sigma, torch.randn(u.shape, generator=generator)), sigma
 
-    model: nn.Module
     if config.kind == "prior":
-        model = denoiser = Prior(network, sd=config.sd)
+        denoiser = model
 
         def objective(generator: Generator, stage: Stage) -> Tensor:
             u, _ = images(generator, stage)
@@ -180,20 +188,18 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
 
         return model, objective, _validation(lambda x, sigma, _: denoiser(x, sigma), tune, range(-6, 7))
     if config.kind == "supervised":
-        model = supervised = Supervised(network)
+        supervised = model
 
         def objective(generator: Generator, stage: Stage) -> Tensor:
             u, pixel = images(generator, stage)
             return (supervised(measured(u, pixel, generator)) - u).square().flatten(1).mean(1) / config.sd**2
 
         return model, objective, _validation(lambda x, sigma, likelihood: supervised(likelihood), tune, (6,), config.acquisitions)
-    if config.kind == "conditional":
-        model = posterior = Conditional(network, sd=config.sd)
-    else:
+    posterior = model
+    if config.kind == "htransform":
         if prior is None:
             raise ValueError("kind htransform wants a prior")
-        model = HTransform(network, sd=config.sd, form=config.loss)
-        posterior = Deft(prior, model)  # type: ignore[assignment]
+        posterior = Deft(prior, model)
 
     def objective(generator: Generator, stage: Stage) -> Tensor:
         u, pixel = images(generator, stage)
@@ -204,7 +210,8 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
     return model, objective, _validation(posterior, tune, (-5, -3, -2, -1, 0, 2, 6), config.acquisitions)
 
 
-def _validation(estimate: Callable[[Tensor, Tensor, Gaussian | None], Tensor], tune: Pool, octaves, ranges: Acquisitions | None = None) -> Validate:
+def _validation(estimate: Callable[[Tensor, Tensor, Gaussian | None], Tensor], tune: Pool, octaves: Iterable[int],
+                ranges: Acquisitions | None = None) -> Validate:
     """Error per octave of sigma on one slice of every tune subject, with fixed noise: root mean square in units of u."""
     subject = tune.subject[WHOLE]
     rows = [int((subject == s).nonzero()[0, 0]) for s in subject.unique()]

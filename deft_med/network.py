@@ -140,6 +140,13 @@ def bf16_pays(device: str | torch.device) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "avx512_bf16" in _cpu_flags()
 
 
+def use_half(module: nn.Module, device: str | torch.device) -> None:
+    """Run every U-Net of a module in bfloat16 where that pays."""
+    for part in module.modules():
+        if isinstance(part, UNet):
+            part.half = bf16_pays(device)
+
+
 def _cpu_flags() -> str:
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:

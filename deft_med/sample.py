@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, Tensor], None]
 

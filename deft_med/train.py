@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     from deft_med.config import FOLDER, load
     from deft_med.data import Pool
     from deft_med.fit import fit
-    from deft_med.kinds import Training, assemble, load_run
-    from deft_med.network import bf16_pays
+    from deft_med.kinds import Training, assemble, bare, load_run
+    from deft_med.network import use_half
 
     named = FOLDER / "train" / f"{arguments.config}.yaml"
     config = load(named if named.is_file() else arguments.config, Training)
@@ -30,14 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     device = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    half = bf16_pays(device)
     prior = None
     if config.prior is not None:
         parent = load(Path(config.prior) / "config.yaml", Training)
-        prior, *_ = assemble(parent, Pool.load(Path(config.data.tune)), Pool.load(Path(config.data.tune)), half=half)
+        prior = bare(parent)
         prior.load_state_dict(load_run(config.prior), strict=True)
+        use_half(prior, device)
     module, objective, validate = assemble(config, Pool.load(Path(config.data.train)), Pool.load(Path(config.data.tune)),
-                                           prior=prior, half=half)  # type: ignore[arg-type]
+                                           prior=prior)  # type: ignore[arg-type]
+    use_half(module, device)
     out.mkdir(parents=True, exist_ok=True)
     source = named if named.is_file() else Path(arguments.config)
     (out / "config.yaml").write_text(source.read_text("utf-8"), "utf-8")

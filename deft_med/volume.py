@@ -148,7 +148,7 @@ class Scan:
 
     @property
     def lps(self) -> Matrix:
-        """``affine`` or, where the place is not known, the grid about the origin with columns to the left, rows to the back, 1 mm slices."""
+        """``affine`` or, where that is None, the grid about the origin: columns to the left, rows to the back, slices of 1 mm."""
         if self.affine is not None:
             return self.affine
         (ny, nx), (dy, dx) = self.grid.shape, self.grid.spacing

@@ -10,11 +10,24 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 
+from deft_med.errors import UsageError
 from deft_med.io.gate import MAX_BYTES, kind_of, regular, writing
 from deft_med.io.source import Source
 from deft_med.volume import Volume
 
-__all__ = ["MAX_BYTES", "Source", "read", "write"]
+__all__ = ["MAX_BYTES", "Source", "example", "read", "write"]
+
+EXAMPLES = {"ct": "J2K_pixelrep_mismatch.dcm"}  # a 512 x 512 head CT, lossless JPEG 2000, in pydicom's wheel
+
+
+def example(name: str) -> Path:
+    """A real scan that ships with an installed library; UsageError for a name that does not exist or a file that is not there."""
+    from pydicom.data import get_testdata_file
+
+    file = get_testdata_file(EXAMPLES[name], download=False) if name in EXAMPLES else None
+    if file is None:
+        raise UsageError(f"no example of that name is installed: choose one of {', '.join(EXAMPLES)}, or install pydicom again")
+    return Path(str(file))
 
 
 def read(path: str | Path, *, allow_lossy: bool = False, max_bytes: int = MAX_BYTES) -> Source:

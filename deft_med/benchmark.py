@@ -1,0 +1,210 @@
+"""Compare methods on the same simulated scans: mean over subjects and their spread, as a table. Resumable per slice and method.
+
+METHODS is a list with commas: fbp or fbp:WINDOW[:CUTOFF]; tv or tv:WEIGHT; supervised:DIR (a training's folder); deft:mean,
+deft:sample, deft:K (mean of K samples); deft+dc:... with data-consistency steps. Tune on tune subjects, report on val subjects.
+"""
+
+import argparse
+import sys
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m deft_med.benchmark", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("data", metavar="DATA", help="folder of images, or of the files that --manifest lists")
+    p.add_argument("--manifest", help="JSON list with file, subject, split")
+    p.add_argument("--split", default="val")
+    p.add_argument("--only", default="", metavar="TEXT", help="take only files of the manifest whose path contains TEXT")
+    p.add_argument("--protocol", default="ct_sparse60", metavar="NAME|FILE")
+    p.add_argument("--model", default="ct", metavar="NAME|DIR")
+    p.add_argument("--methods", default="fbp:ram-lak,fbp,tv,deft:mean,deft:sample,deft:4,deft:8", metavar="A,B,C")
+    p.add_argument("--slices", type=int, default=3, help="at most this many slices of a subject, evenly spaced (default: %(default)s)")
+    p.add_argument("--subjects", type=int, help="at most this many subjects")
+    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int)
+    p.add_argument("--out", default="runs/benchmark", metavar="DIR", help="folder of results.jsonl and table.md (default: %(default)s)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    from deft_med.errors import DeftMedError
+
+    try:
+        run(arguments)
+    except DeftMedError as error:
+        print(f"deft_med: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import json
+    import time
+    from pathlib import Path
+
+    import torch
+
+    from deft_med.config import Protocol, load
+    from deft_med.simulate import simulate
+    from deft_med.subjects import entries
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    protocol, out = load(arguments.protocol, Protocol), Path(arguments.out)
+    listed = entries(Path(arguments.data), Path(arguments.manifest) if arguments.manifest else None, arguments.split)
+    listed = [e for e in listed if arguments.only in e["image"]]
+    methods = [name.strip() for name in arguments.methods.split(",")]
+    subjects = sorted({e["subject"] for e in listed})[:arguments.subjects]
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.jsonl"
+    done = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+    have = {(r["subject"], r["slice"], r["method"]) for r in done if r["protocol"] == protocol.name and r["seed"] == arguments.seed}
+    bench, begun = Bench(arguments), time.monotonic()
+    for number, subject in enumerate(subjects):
+        for key, volume in chosen_slices([e for e in listed if e["subject"] == subject], arguments.slices):
+            missing = [m for m in methods if (subject, key, m) not in have]
+            if not missing:
+                continue
+            scan = simulate(volume, protocol, seed=arguments.seed + key)
+            for record in bench.measure(scan, missing):
+                record |= {"subject": subject, "slice": key, "protocol": protocol.name, "seed": arguments.seed}
+                done.append(record)
+                with results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+        left = (time.monotonic() - begun) / (number + 1) * (len(subjects) - number - 1)
+        print(f"{number + 1}/{len(subjects)} subjects, {left / 60:.0f} min left", file=sys.stderr)
+    text = table([r for r in done if r["protocol"] == protocol.name and r["method"] in methods and r["subject"] in subjects], methods)
+    (out / "table.md").write_text(text, "utf-8")
+    print(text)
+
+
+def chosen_slices(listed: list[dict], count: int):
+    """(number, one-slice volume) of a subject: ``count`` evenly spaced ones of all slices in the order of the files."""
+    import numpy as np
+
+    from deft_med import io
+    from deft_med.volume import Volume
+
+    stacks = [io.read(e["image"]).volume for e in listed]
+    places = [(v, k) for v in stacks for k in range(len(v.data))]
+    picks = np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)) if count > 1 else [len(places) // 2]
+    for number in picks:
+        volume, k = places[number]
+        yield int(number), Volume(volume.data[k:k + 1], volume.affine, volume.unit)
+
+
+class Bench:
+    """Runs methods on one scan and measures them; models are loaded once."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.models = arguments, {}
+
+    def measure(self, scan, methods: list[str]):
+        import time
+
+        import torch
+
+        from deft_med.intensity import Window
+        from deft_med.metrics import ct_metrics
+        from deft_med.pipeline import likelihood_of
+
+        window = Window()
+        with torch.no_grad():
+            likelihood = likelihood_of(scan, window)
+            likelihood.fbp()  # the ray matrix is built outside the clock
+            kept: dict = {}
+            for method in methods:
+                wall, cpu = time.perf_counter(), time.process_time()
+                image, extra = self._run(method, likelihood, kept)
+                times = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+                hu = window.restore(image)[:, 0].numpy()
+                measured = ct_metrics(hu, scan.reference.data)
+                values = {key: measured[key][0] for key in ("psnr", "ssim", "psnr_body", "ssim_body")}
+                yield {"method": method, **values, "chi2": float(likelihood.chi2(image)[0]), **times, **extra}
+
+    def _run(self, method: str, likelihood, kept: dict):
+        from deft_med.pipeline import CONSISTENCY, TV_WEIGHT, draw_posterior, total_variation
+        from operators.analytic import FilteredBackprojection
+
+        name, _, detail = method.partition(":")
+        if name == "fbp":
+            window, _, cutoff = (detail or "hann").partition(":")
+            inverse = FilteredBackprojection(likelihood.forward.operator, window=window, cutoff=float(cutoff or 1))
+            return type(likelihood)(likelihood.forward, likelihood.y, likelihood.sigma, inverse, s_img=likelihood.s_img).fbp(), {}
+        if name == "tv":
+            return total_variation(likelihood, likelihood.fbp(), float(detail or TV_WEIGHT)), {}
+        if name == "supervised":
+            return self._supervised(detail)(likelihood), {}
+        if name not in ("deft", "deft+dc"):
+            from deft_med.errors import UsageError
+
+            raise UsageError(f"unknown method {method!r}: python -m deft_med.benchmark --help lists them")
+        model = self._model()
+        settings = {"consistency": CONSISTENCY if name == "deft+dc" else 0, "seed": self.arguments.seed}
+        if detail == "mean":
+            return draw_posterior(likelihood, model, steps=1, **settings)[:, 0], {"nfe": 1}
+        count = 1 if detail == "sample" else int(detail)
+        if len(kept.get(name, ())) < count:  # samples of a method are shared by its averages; the time is that of all of them
+            import time
+
+            begun = time.perf_counter(), time.process_time()
+            kept[name] = draw_posterior(likelihood, model, steps=self.arguments.steps, samples=self._most(name), **settings)[0]
+            most = len(kept[name])
+            kept[name, "each"] = (time.perf_counter() - begun[0]) / most, (time.process_time() - begun[1]) / most
+        samples, each = kept[name][:count], kept[name, "each"]
+        spread = {"std": float(samples.std(0).square().mean().sqrt()) if count > 1 else None}
+        return samples.mean(0, keepdim=True), {"nfe": 1 + count * (self.arguments.steps - 1), "seconds": count * each[0],
+                                               "cpu_seconds": count * each[1], **spread}
+
+    def _most(self, name: str) -> int:
+        counts = [m.partition(":")[2] for m in self.arguments.methods.split(",") if m.partition(":")[0].strip() == name]
+        return max([int(c) for c in counts if c.strip().isdigit()] or [1])
+
+    def _model(self):
+        from deft_med import bundle
+        from deft_med.network import use_half
+
+        if "deft" not in self.models:
+            self.models["deft"] = bundle.load_model(self.arguments.model)
+            use_half(self.models["deft"].deft, "cpu")
+        return self.models["deft"]
+
+    def _supervised(self, folder: str):
+        from pathlib import Path
+
+        from deft_med.config import load
+        from deft_med.kinds import Training, bare, load_run
+        from deft_med.network import use_half
+
+        if folder not in self.models:
+            module = bare(load(Path(folder) / "config.yaml", Training))
+            module.load_state_dict(load_run(folder), strict=True)
+            use_half(module, "cpu")
+            self.models[folder] = module.eval()
+        return self.models[folder]
+
+
+def table(records: list[dict], methods: list[str]) -> str:
+    """Markdown: mean over subjects (each the mean of its slices) and standard deviation between subjects."""
+    import numpy as np
+
+    subjects = sorted({r["subject"] for r in records})
+    lines = [f"n = {len(subjects)} subjects, {len({(r['subject'], r['slice']) for r in records})} slices", "",
+             "| method | PSNR | SSIM | PSNR body | SSIM body | chi2 | s / slice | CPU-s / slice |", "|---|---|---|---|---|---|---|---|"]
+    for method in methods:
+        rows = [r for r in records if r["method"] == method]
+        if not rows:
+            continue
+        cells = []
+        for key, digits in (("psnr", 2), ("ssim", 3), ("psnr_body", 2), ("ssim_body", 3), ("chi2", 3), ("seconds", 2), ("cpu_seconds", 2)):
+            each = [float(np.mean([r[key] for r in rows if r["subject"] == s])) for s in subjects if any(r["subject"] == s for r in rows)]
+            spread = f" ± {np.std(each, ddof=1):.{digits}f}" if key in ("psnr", "ssim", "psnr_body", "ssim_body") and len(each) > 1 else ""
+            cells.append(f"{np.mean(each):.{digits}f}{spread}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Reconstruct a CT scan with DEFT, its uncertainty beside it. Research use only, not a medical device.
+
+INPUT is a DICOM file (that slice), a folder of one DICOM series, a NIfTI file, or a sinogram.npz. An image holds no measurements:
+it is studied retrospectively under --protocol, and everything that is written says SIMULATED. A sinogram is a measurement.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import warnings
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m deft_med.reconstruct", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("input", nargs="?", metavar="INPUT", help="DICOM file, folder of one series, NIfTI file, or sinogram.npz")
+    p.add_argument("--example", choices=["ct"], help="instead of INPUT: a real head CT slice that ships with pydicom")
+    p.add_argument("--out", default="reconstruction", metavar="DIR", help="output folder (default: %(default)s)")
+    p.add_argument("--protocol", default="ct_sparse60", metavar="NAME|FILE", help="acquisition to simulate (default: %(default)s)")
+    p.add_argument("--model", default="ct", metavar="NAME|DIR", help="prior and h-transform (default: %(default)s, shipped)")
+    p.add_argument("--method", default="deft", choices=["deft", "fbp", "tv"])
+    p.add_argument("--estimate", default="average", choices=["average", "mean", "sample"],
+                   help="average of --samples posterior samples, posterior mean in one evaluation, or one sample (default: %(default)s)")
+    p.add_argument("--steps", type=int, metavar="N", help="denoiser evaluations per sample (default: 20)")
+    p.add_argument("--samples", type=int, metavar="K", help="samples to average (default: 8)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    p.add_argument("--format", choices=["dicom", "nifti", "both"], help="default: dicom for a DICOM input, else nifti")
+    p.add_argument("--overwrite", action="store_true", help="replace the output of an earlier run")
+    p.add_argument("--allow-lossy", action="store_true", help="accept a source that went through lossy compression; recorded")
+    p.add_argument("--out-of-scope-ok", action="store_true", help="run a scan that the model's card does not cover; recorded")
+    p.add_argument("--quiet", action="store_true", help="no progress, no lines but errors")
+    p.add_argument("--json", action="store_true", help="print run.json to standard output at the end")
+    p.add_argument("--version", action="store_true", help="print the version and exit")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    from deft_med import __version__
+    from deft_med.errors import DeftMedError
+
+    if arguments.version:
+        print(f"deft_med {__version__}")
+        return 0
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        run(arguments)
+        return 0
+    except DeftMedError as error:
+        return _fail(str(error), error.exit_code)
+    except MemoryError:
+        return _fail("out of memory: give fewer slices, or a smaller protocol grid", 6)
+    except KeyboardInterrupt:
+        return _fail("interrupted: nothing was written", 130)
+    except _Terminated:
+        return _fail("terminated: nothing was written", 143)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+class _Terminated(BaseException):
+    pass
+
+
+def _terminated(*_: object) -> None:
+    raise _Terminated
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"deft_med: error: {message}", file=sys.stderr)
+    return code
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from deft_med.errors import UsageError
+    from deft_med.publish import check_target
+
+    if (arguments.input is None) == (arguments.example is None):
+        raise UsageError("give one INPUT (a DICOM file or folder, NIfTI, sinogram.npz) or --example ct; --help says more")
+    out = Path(arguments.out)
+    check_target(out, arguments.overwrite)
+
+    from deft_med.config import Protocol, load
+    from deft_med.io import example, read
+
+    path = example(arguments.example) if arguments.example else Path(arguments.input)
+    source = read(path, allow_lossy=arguments.allow_lossy)
+    say = (lambda line: None) if arguments.quiet else (lambda line: print(line, file=sys.stderr))
+    wanted = arguments.format or ("dicom" if source.kind == "dicom" else "nifti")
+    if wanted != "nifti" and source.kind != "dicom":
+        raise UsageError("DICOM output wants a DICOM input, whose patient and study it copies: say --format nifti")
+    protocol = load(arguments.protocol, Protocol)
+    if source.scan is None:
+        say(f"{source.describe()}: a finished image holds no measurements; retrospective study under {protocol.name} "
+            f"({protocol.description}), everything is marked SIMULATED")
+    else:
+        say(f"{source.describe()}: measurements")
+
+    from deft_med import bundle
+    from deft_med.pipeline import SAMPLES, STEPS, reconstruct
+    from deft_med.simulate import simulate
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        scan = source.scan if source.scan is not None else simulate(source.volume, protocol, seed=arguments.seed)
+    model, flags = None, []
+    if arguments.method == "deft":
+        model = bundle.load_model(arguments.model)
+        flags = bundle.check(model.card, scan)
+        if flags and not arguments.out_of_scope_ok:
+            from deft_med.errors import ModelError
+
+            raise ModelError(f"the model's card does not cover this scan: {'; '.join(flags)}; choose another --model, --method tv, "
+                             "or say --out-of-scope-ok to run it marked")
+        for flag in flags:
+            say(f"out of scope: {flag}")
+    bar = _Bar(enabled=not arguments.quiet and sys.stderr.isatty())
+    result = reconstruct(scan, model, method=arguments.method, estimate=arguments.estimate, steps=arguments.steps or STEPS,
+                         samples=arguments.samples or SAMPLES, seed=arguments.seed, device=arguments.device, progress=bar)
+    bar.close()
+    record = publish(result, source, out, arguments, wanted, model, flags)
+    if arguments.json:
+        import json
+
+        print(json.dumps(record, indent=2))
+    say(summary(result, arguments.out))
+
+
+def publish(result, source, out, arguments, wanted: str, model, flags: list[str]) -> dict:
+    """Write series, volume, report and record; returns the record."""
+    import dataclasses
+    import platform
+
+    import numpy as np
+    import torch
+
+    from deft_med import __version__, io, report
+    from deft_med.publish import published, write_record
+
+    provenance = result.provenance | {
+        "deft_med": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+        "model": None if model is None else f"{model.card.name} {model.card.version}",
+        "model_sha256": None if model is None else model.card.sha256, "source": source.kind, "source_sha256": source.digest,
+        "simulated": result.simulated, "lossy_source": source.lossy, "out_of_scope": flags,
+    }
+    title = f"{'Retrospective CT study' if result.simulated else 'CT reconstruction'}: {result.method.upper()}"
+    result = dataclasses.replace(result, provenance=provenance, warnings=tuple(flags), title=title)
+    record = {"provenance": provenance, "metrics": result.metrics, "chi2": result.chi2, "seconds": result.timing,
+              "notes": "research use only, not a medical device"}
+    how = (f"deft_med {__version__}, method {result.method}, estimate {result.estimate}, {result.samples} samples, "
+           f"seed {arguments.seed}, protocol {provenance['protocol']}")
+    pictures = [("", result.method.upper(), result.volume, f"{result.method.upper()} reconstruction", how),
+                ("_fbp", "FBP", result.baseline, "FBP baseline", f"deft_med {__version__}, filtered backprojection")]
+    if result.std is not None:
+        spread = f"posterior standard deviation of {result.samples} samples"
+        pictures.append(("_std", "STDDEV", result.std, "standard deviation", f"{spread}, {how}"))
+    with published(out, arguments.overwrite) as folder:
+        for suffix, kind, volume, description, derivation in pictures:
+            for form, name in (("dicom", f"dicom{suffix}"), ("nifti", f"volume{suffix}.nii.gz")):
+                if wanted in (form, "both"):
+                    record["clipped"] = record.get("clipped", 0) + io.write(
+                        volume, folder / name, source, format=form, kind=kind, description=description, derivation=derivation,
+                        simulated=result.simulated, uid_entropy=[f"{key} {value}" for key, value in provenance.items()])
+        report.report_png(result, folder / "report.png")
+        report.report_html(result, folder / "report.html")
+        write_record(folder, record)
+    return record
+
+
+def summary(result, out: str) -> str:
+    """The last line: what was made, how good it is where that is known, where it lies."""
+    parts = [f"{result.method} {result.estimate if result.method == 'deft' else ''}".strip()]
+    if result.metrics:
+        mean = {name: sum(m["psnr"]) / len(m["psnr"]) for name, m in result.metrics.items()}
+        parts.append(f"PSNR {mean[result.method]:.2f} dB (FBP {mean['fbp']:.2f})")
+    parts.append(f"chi2 {result.chi2.get('samples', result.chi2['mean']):.3f}")
+    return f"done in {sum(result.timing.values()):.1f} s: {', '.join(parts)}; open {out}/report.html"
+
+
+class _Bar:
+    """Progress with the time that is left, on a terminal."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled, self.bar = enabled, None
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self.enabled:
+            return
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit="eval", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} evaluations, {remaining} left")
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self.bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
