@@ -6,6 +6,7 @@ deft:sample, deft:K (mean of K samples); deft+dc:... with data-consistency steps
 
 import argparse
 import sys
+from typing import Any
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,7 +88,7 @@ def chosen_slices(listed: list[dict], count: int):
     from deft_med import io
     from deft_med.volume import Volume
 
-    stacks = [io.read(e["image"]).volume for e in listed]
+    stacks = [volume for e in listed if (volume := io.read(e["image"]).volume) is not None]
     places = [(v, k) for v in stacks for k in range(len(v.data))]
     picks = np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)) if count > 1 else [len(places) // 2]
     for number in picks:
@@ -99,7 +100,8 @@ class Bench:
     """Runs methods on one scan and measures them; models are loaded once."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.models = arguments, {}
+        self.arguments = arguments
+        self.models: dict[str, Any] = {}
 
     def measure(self, scan, methods: list[str]):
         import time

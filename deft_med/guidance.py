@@ -28,7 +28,8 @@ class _Curvature(LinearOperator):
         y = self.likelihood.forward.linear(x) / self.likelihood.sigma.to(x) ** 2
         return self.likelihood.forward.adjoint(y) + x / self.r2
 
-    _adjoint = _forward
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self._forward(y)
 
 
 def dds(denoiser: Denoiser, likelihood: Gaussian, *, sd: float = 0.5, trust: float = 1.0, iterations: int = 5,

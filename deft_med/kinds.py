@@ -179,35 +179,33 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
         return perturb(u, sigma, torch.randn(u.shape, generator=generator)), sigma
 
     if config.kind == "prior":
-        denoiser = model
-
         def objective(generator: Generator, stage: Stage) -> Tensor:
             u, _ = images(generator, stage)
             x, sigma = noised(u, generator)
-            return loss(denoiser(x, sigma), u, sigma)
+            return loss(model(x, sigma), u, sigma)
 
-        return model, objective, _validation(lambda x, sigma, _: denoiser(x, sigma), tune, range(-6, 7))
+        return model, objective, _validation(lambda x, sigma, _: model(x, sigma), tune, range(-6, 7))
+
     if config.kind == "supervised":
-        supervised = model
-
-        def objective(generator: Generator, stage: Stage) -> Tensor:
+        def supervised(generator: Generator, stage: Stage) -> Tensor:
             u, pixel = images(generator, stage)
-            return (supervised(measured(u, pixel, generator)) - u).square().flatten(1).mean(1) / config.sd**2
+            return (model(measured(u, pixel, generator)) - u).square().flatten(1).mean(1) / config.sd**2
 
-        return model, objective, _validation(lambda x, sigma, likelihood: supervised(likelihood), tune, (6,), config.acquisitions)
+        return model, supervised, _validation(lambda x, sigma, likelihood: model(likelihood), tune, (6,), config.acquisitions)
+
     posterior = model
     if config.kind == "htransform":
         if prior is None:
             raise ValueError("kind htransform wants a prior")
         posterior = Deft(prior, model)
 
-    def objective(generator: Generator, stage: Stage) -> Tensor:
+    def conditioned(generator: Generator, stage: Stage) -> Tensor:
         u, pixel = images(generator, stage)
         likelihood = measured(u, pixel, generator)
         x, sigma = noised(u, generator)
         return loss(posterior(x, sigma, likelihood), u, sigma)
 
-    return model, objective, _validation(posterior, tune, (-5, -3, -2, -1, 0, 2, 6), config.acquisitions)
+    return model, conditioned, _validation(posterior, tune, (-5, -3, -2, -1, 0, 2, 6), config.acquisitions)
 
 
 def _validation(estimate: Callable[[Tensor, Tensor, Gaussian | None], Tensor], tune: Pool, octaves: Iterable[int],

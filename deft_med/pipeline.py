@@ -76,7 +76,7 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
     """
     _check(method, estimate, model, steps, samples)
     clock = _Clock()
-    place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    place = _place(device)
     window = model.window if model is not None else Window()
     with clock("operator"), torch.no_grad():
         likelihood = likelihood_of(scan, window, place)
@@ -118,7 +118,7 @@ def total_variation(likelihood: Gaussian, x0: Tensor, weight: float = TV_WEIGHT)
     """argmin_u |y - A u|^2 / (2 s^2) + weight TV(u), converged: the classical method that DEFT is measured against."""
     forward = likelihood.forward
     shift = forward(torch.zeros_like(x0))
-    image, _ = tv(forward.a * forward.operator, likelihood.y - shift, weight, sigma=likelihood.sigma, x0=x0)
+    image, _ = tv(forward.operator * forward.a, likelihood.y - shift, weight, sigma=likelihood.sigma, x0=x0)
     return image
 
 
@@ -181,6 +181,16 @@ def _check(method: str, estimate: str, model: Model | None, steps: int, samples:
         raise UsageError("method deft wants a model: load one with deft_med.bundle.load, or choose method fbp or tv")
     if steps < 1 or samples < 1:
         raise UsageError(f"steps and samples are at least 1, got {steps} and {samples}")
+
+
+def _place(device: str) -> torch.device:
+    try:
+        place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}: choose auto, cpu or cuda") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device here: say --device cpu, or auto")
+    return place
 
 
 class _Clock:

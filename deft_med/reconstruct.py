@@ -5,11 +5,11 @@ it is studied retrospectively under --protocol, and everything that is written s
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
 import warnings
+from typing import Any
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,6 +83,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     if (arguments.input is None) == (arguments.example is None):
         raise UsageError("give one INPUT (a DICOM file or folder, NIfTI, sinogram.npz) or --example ct; --help says more")
+    for name in ("steps", "samples"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise UsageError(f"--{name} is at least 1, got {getattr(arguments, name)}")
+    if arguments.device not in ("auto", "cpu") and not arguments.device.startswith("cuda"):
+        raise UsageError(f"unknown device {arguments.device!r}: choose auto, cpu or cuda")
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)
 
@@ -108,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        scan = source.scan if source.scan is not None else simulate(source.volume, protocol, seed=arguments.seed)
+        scan = source.scan or simulate(source.volume, protocol, seed=arguments.seed)  # type: ignore[arg-type]
     model, flags = None, []
     if arguments.method == "deft":
         model = bundle.load_model(arguments.model)
@@ -121,8 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
         for flag in flags:
             say(f"out of scope: {flag}")
     bar = _Bar(enabled=not arguments.quiet and sys.stderr.isatty())
-    result = reconstruct(scan, model, method=arguments.method, estimate=arguments.estimate, steps=arguments.steps or STEPS,
-                         samples=arguments.samples or SAMPLES, seed=arguments.seed, device=arguments.device, progress=bar)
+    result = reconstruct(scan, model, method=arguments.method, estimate=arguments.estimate, steps=STEPS if arguments.steps is None else arguments.steps,
+                         samples=SAMPLES if arguments.samples is None else arguments.samples, seed=arguments.seed, device=arguments.device, progress=bar)
     bar.close()
     record = publish(result, source, out, arguments, wanted, model, flags)
     if arguments.json:
@@ -186,8 +191,10 @@ def summary(result, out: str) -> str:
 class _Bar:
     """Progress with the time that is left, on a terminal."""
 
+    bar: Any = None
+
     def __init__(self, enabled: bool) -> None:
-        self.enabled, self.bar = enabled, None
+        self.enabled = enabled
 
     def __call__(self, done: int, total: int) -> None:
         if not self.enabled:
@@ -199,7 +206,7 @@ class _Bar:
         self.bar.update(done - self.bar.n)
 
     def close(self) -> None:
-        with contextlib.suppress(AttributeError):
+        if self.bar is not None:
             self.bar.close()
 
 

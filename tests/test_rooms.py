@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "dialects": {"errors", "network", "prior", "schedule", "intensity", "dialects"},
     # the loop and the pages
     "fit": INFERENCE | {"metrics", "config"},
+    "subjects": FOUNDATION | {"io", "data"},
     "kinds": INFERENCE | {"amortised", "simulate", "data", "config", "fit"},
     "pipeline": EDGES,
     "publish": {"errors"},
@@ -57,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"figure", "page"},
     "testing": INFERENCE | {"metrics"},
     # the commands: anything but each other
-    **{name: EDGES | {"pipeline", "publish", "fit", "kinds", "report", "testing"} for name in COMMANDS},
+    **{name: EDGES | {"pipeline", "fit", "kinds", "publish", "subjects", "amortised", "report", "testing"} for name in COMMANDS},
 }
 
 OPERATORS: dict[str, set[str]] = {
@@ -85,7 +86,7 @@ OPERATORS: dict[str, set[str]] = {
 DOORS: dict[str, set[str]] = {
     "odl": {"operators.odl_bridge"},
     "astra": {"operators._astra"},
-    "monai": {"deft_med.data", "deft_med.dialects"},
+    "monai": {"deft_med.subjects", "deft_med.dialects"},
     "einops": set(),
     "pydicom": {"deft_med.io"},
     "pylibjpeg": {"deft_med.io"},

@@ -123,10 +123,8 @@ def _scalar(arrays: dict[str, np.ndarray], key: str, default: float | None = Non
 def _arrays(path: Path, max_bytes: int) -> dict[str, np.ndarray]:
     """Every .npy member of a ZIP archive; its shape is held against its size before anything is allocated."""
     found: dict[str, np.ndarray] = {}
-    try:
+    with broken("the ZIP archive", action="opened", also=(zipfile.BadZipFile, zipfile.LargeZipFile)):
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError):
-        raise CorruptError("the input is a damaged or truncated ZIP archive; copy or save it again") from None
     with archive:
         members = [m for m in archive.infolist() if m.filename.endswith(".npy")]
         if sum(m.file_size for m in members) > max_bytes:
@@ -141,18 +139,16 @@ def _arrays(path: Path, max_bytes: int) -> dict[str, np.ndarray]:
 
 
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> np.ndarray:
-    try:
-        with broken(f"{key} in the sinogram.npz"), archive.open(member) as stream:
-            shape, dtype = _npy_header(stream)
-            held = dtype.hasobject or np.prod([float(n) for n in shape]) * dtype.itemsize <= member.file_size
-        if dtype.hasobject:
-            raise UnsupportedError(f"{key} in the sinogram.npz holds pickled objects, which are never loaded; save plain arrays")
-        if not held:
-            raise CorruptError(f"{key} in the sinogram.npz is truncated: its shape asks for more bytes than it has; save it again")
-        with broken(f"{key} in the sinogram.npz"), archive.open(member) as stream:
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    except zipfile.BadZipFile:
-        raise CorruptError(f"{key} in the sinogram.npz is damaged (its checksum does not fit); save it again") from None
+    what, also = f"{key} in the sinogram.npz", (zipfile.BadZipFile,)
+    with broken(what, also=also), archive.open(member) as stream:
+        shape, dtype = _npy_header(stream)
+        held = dtype.hasobject or np.prod([float(n) for n in shape]) * dtype.itemsize <= member.file_size
+    if dtype.hasobject:
+        raise UnsupportedError(f"{what} holds pickled objects, which are never loaded; save plain arrays")
+    if not held:
+        raise CorruptError(f"{what} is truncated: its shape asks for more bytes than it has; save it again")
+    with broken(what, also=also), archive.open(member) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

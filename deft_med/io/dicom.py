@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 
 from deft_med.errors import CorruptError, DeftMedError, ResourceError, UnsupportedError
 from deft_med.io.gate import MAX_BYTES, broken, kind_of, regular
-from deft_med.io.header import DICOMDIR, Plane, check_slice, dataset, is_lossy, kind_name, quiet_pydicom, rescale, text, whole
+from deft_med.io.header import DICOMDIR, UNREADABLE, Plane, check_slice, dataset, is_lossy, kind_name, quiet_pydicom, rescale, text, whole
 from deft_med.io.source import Source
 from deft_med.volume import Volume
 
@@ -193,7 +193,7 @@ def _hounsfield(path: Path, what: str, header: Dataset) -> tuple[NDArray[np.floa
     full = dataset(path, what, pixels=True)
     if "PixelData" not in full:
         raise CorruptError(f"{what} is truncated: it ends before its pixels; copy or export it again")
-    with broken(what, action="decoded"), quiet_pydicom():
+    with broken(what, action="decoded", also=UNREADABLE), quiet_pydicom():
         stored = pydicom.pixels.pixel_array(full)
     if stored.shape != (whole(header, "Rows"), whole(header, "Columns")) or stored.dtype.kind not in "iu":
         raise CorruptError(f"{what} is damaged: its pixels decode to another shape than its header says; export it again")
@@ -217,10 +217,15 @@ def _signed(value: int, dtype: np.dtype) -> int:
 
 
 def _public(header: Dataset) -> Dataset:
-    """The header without private attributes, overlays and icons; its file meta goes with it."""
-    header.remove_private_tags()
-    for tag in [t for t in header.keys() if t.group >> 8 == 0x60 or t == 0x00880200]:
-        del header[tag]
+    """The header without private attributes, overlays, icons and what cannot be read; its file meta goes with it."""
+    with quiet_pydicom():
+        for tag in list(header.keys()):
+            try:
+                keep = not tag.is_private and tag.group >> 8 != 0x60 and tag != 0x00880200 and header[tag].VR is not None
+            except UNREADABLE:
+                keep = False
+            if not keep:
+                del header[tag]
     return header
 
 

@@ -20,8 +20,8 @@ from pydicom.uid import ExplicitVRLittleEndian
 from pydicom.valuerep import format_number_as_ds
 
 from deft_med import __version__
-from deft_med.io.gate import BROKEN, writing
-from deft_med.io.header import CT_IMAGE, is_lossy, numbers, quiet_pydicom, text, whole
+from deft_med.io.gate import writing
+from deft_med.io.header import CT_IMAGE, UNREADABLE, is_lossy, numbers, quiet_pydicom, text, whole
 from deft_med.volume import Volume
 
 IMPLEMENTATION = f"2.25.{uuid.uuid5(uuid.NAMESPACE_DNS, 'deft_med').int}"
@@ -126,10 +126,12 @@ def _copy(ds: Dataset, source: Dataset, keywords: Iterable[str]) -> None:
         try:
             element = source[keyword] if keyword in source else None
             empty = element is None or element.is_empty
-        except BROKEN:
+        except UNREADABLE:
             continue
         if not empty:
             ds[keyword] = copy.deepcopy(element)
+            for item in ds[keyword].value if ds[keyword].VR == "SQ" else ():
+                item.remove_private_tags()
 
 
 def _code(value: str, meaning: str, scheme: str = "DCM") -> Dataset:
@@ -172,7 +174,7 @@ def _image(ds: Dataset, source: Dataset, volume: Volume, index: int, kind: str) 
             setattr(ds, keyword, None)
     ds.InstanceNumber = index + 1
     ds.ConvolutionKernel = kind
-    ds.LossyImageCompression = "01" if hasattr(source, "file_meta") and is_lossy(source) else "00"
+    ds.LossyImageCompression = "01" if is_lossy(source) else "00"
     if text(source, "SOPInstanceUID"):
         item = Dataset()
         item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = text(source, "SOPClassUID"), text(source, "SOPInstanceUID")
@@ -241,10 +243,12 @@ def _now(ds: Dataset, when: datetime | None) -> datetime:
     """The time of creation in the source's time zone, if it names one (the offset holds for every time in the object)."""
     offset = text(ds, "TimezoneOffsetFromUTC")
     zone = None
-    if len(offset) == 5 and offset[0] in "+-" and offset[1:].isdigit():
+    if len(offset) == 5 and offset[0] in "+-" and offset[1:].isdigit() and int(offset[1:]) <= 1400:
         minutes = int(offset[1:3]) * 60 + int(offset[3:])
         zone = timezone((-1 if offset[0] == "-" else 1) * timedelta(minutes=minutes))
-    return when if when is not None else datetime.now(zone)
+    if when is None:
+        return datetime.now(zone)
+    return when.astimezone(zone) if zone is not None and when.tzinfo is not None else when
 
 
 def _ascii(words: str) -> str:

@@ -23,7 +23,7 @@ FILE_BYTES = 2**30  # of one DICOM file as it lies
 INFLATED_BYTES = 2**28  # of one deflated DICOM file: five hundred CT slices
 PIECE = 2**16
 
-# What pydicom, its decoders, nibabel and zipfile throw at bytes that are not what they claim.
+# What libraries and decoders throw at bytes that are not what they claim, beside exceptions of their own.
 BROKEN = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, EOFError, OverflowError, RecursionError,
     AssertionError, RuntimeError, UnicodeError, struct.error, zlib.error,
@@ -134,22 +134,24 @@ def inflate(data: bytes, *, wbits: int, cap: int, what: str, stop: int | None = 
 
 
 @contextmanager
-def broken(what: str, *, action: str = "read") -> Iterator[None]:
+def broken(what: str, *, action: str = "read", also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turns what a library throws inside into CorruptError or ResourceError without its text, and keeps its warnings quiet.
 
-    A library's message may quote a patient's name, so neither it nor its traceback goes on.
+    ``also`` names a library's own exceptions. A library's message may quote a patient's name, so neither it nor its traceback goes on.
     """
+    caught: tuple[type[BaseException], ...] = (*BROKEN, *also, OSError)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except MemoryError:
         raise ResourceError(f"{what} needs more memory than there is; give fewer slices") from None
-    except BROKEN as error:
+    except caught as error:
+        # the system's own errors have a number; a library's, and a seek to where nothing is, are the file's fault
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise UsageError(f"{what} cannot be read: {os.strerror(error.errno)}") from None
         kind = type(error).__name__
         raise CorruptError(f"{what} is damaged and could not be {action} ({kind}); copy or export it again") from None
-    except OSError as error:
-        raise UsageError(f"{what} cannot be read: {os.strerror(error.errno or errno.EIO)}") from None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from deft_med.errors import CorruptError, ResourceError, UnsupportedError
@@ -29,6 +30,7 @@ RAW_DATA = "1.2.840.10008.5.1.4.1.1.66"
 DICOMDIR = "1.2.840.10008.1.3.10"
 MR = {"1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4"}
 ENHANCED_CT = {"1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"}
+UNREADABLE = (*BROKEN, InvalidDicomError, BytesLengthException)
 # JPEG, near-lossless JPEG-LS, JPEG 2000, HTJ2K and JPEG XL syntaxes that may hold lossy pixels (PS3.5 section 10)
 LOSSY = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 53, 55, 81, 91, 93, 112, 203)}
 # values of Image Type that say: not the attenuation of one slice
@@ -84,7 +86,7 @@ def dataset(path: Path, what: str, *, pixels: bool) -> Dataset:
         squeezed, value = data[body:], b"1.2.840.10008.1.2.1\0"
         data = bytes(128) + b"DICM" + struct.pack("<HH2sH", 2, 0x10, b"UI", len(value)) + value
         data += inflate(squeezed, wbits=-15, cap=INFLATED_BYTES, what=what)
-    with broken(what), quiet_pydicom():
+    with broken(what, also=UNREADABLE), quiet_pydicom():
         ds = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=not pixels)
         last = ds.get_item(max(ds.keys())) if len(ds) else None
     # pydicom takes what is left of a value that ends early
@@ -121,7 +123,7 @@ def text(header: Dataset, keyword: str) -> str:
     with quiet_pydicom():
         try:
             value = header.get(keyword)
-        except BROKEN:
+        except UNREADABLE:
             return ""
     if value is None:
         return ""
@@ -159,7 +161,7 @@ def check_slice(header: Dataset, what: str, *, allow_lossy: bool) -> Plane:
 
 def kind_name(header: Dataset) -> str:
     """The standard's name for the kind of object, without UIDs: "MR Image Storage" and so on."""
-    uid = UID(text(header, "SOPClassUID"))
+    uid = UID(text(header, "SOPClassUID"), validation_mode=pydicom.config.IGNORE)
     return uid.name if uid and uid.name != uid else "an object of an unknown kind"
 
 
@@ -204,7 +206,7 @@ def _check_pixels(header: Dataset, what: str, *, allow_lossy: bool) -> None:
         raise CorruptError(f"{what} is damaged: it does not say whether its pixels have a sign; export it again")
     if is_lossy(header) and not allow_lossy:
         raise UnsupportedError(f"{what} went through lossy compression; give the original, or --allow-lossy to go on and have it recorded")
-    syntax = header.file_meta.TransferSyntaxUID
+    syntax = transfer_syntax(header)
     if not syntax.is_transfer_syntax or syntax.is_private:
         raise UnsupportedError(f"{what} is in a transfer syntax that is not known, so there is no decoder for it; export it uncompressed")
     if syntax.is_compressed and not syntax.is_deflated and not decodable(syntax):
@@ -221,7 +223,13 @@ def decodable(syntax: UID) -> bool:
 
 def is_lossy(header: Dataset) -> bool:
     """Whether the pixels were ever compressed with loss, by the transfer syntax or by Lossy Image Compression (0028,2110)."""
-    return text(header, "LossyImageCompression") == "01" or str(header.file_meta.get("TransferSyntaxUID", "")) in LOSSY
+    return text(header, "LossyImageCompression") == "01" or transfer_syntax(header) in LOSSY
+
+
+def transfer_syntax(header: Dataset) -> UID:
+    """The file's transfer syntax, or an empty UID."""
+    meta = getattr(header, "file_meta", None)
+    return UID("" if meta is None else text(meta, "TransferSyntaxUID"), validation_mode=pydicom.config.IGNORE)
 
 
 def rescale(header: Dataset, what: str) -> tuple[float, float]:

@@ -8,19 +8,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.imageglobals import LoggingOutputSuppressor
+from nibabel.filebasedimages import ImageFileError
+from nibabel.imageglobals import logger
+from nibabel.spatialimages import HeaderDataError
 
 from deft_med.errors import CorruptError, ResourceError, UnsupportedError
 from deft_med.io.gate import MAX_BYTES, broken, content, inflate, kind_of, nifti_version, writing
 from deft_med.io.source import Source
 from deft_med.volume import Volume
 
+UNREADABLE = (HeaderDataError, ImageFileError)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -40,7 +44,7 @@ def read(path: Path, *, max_bytes: int = MAX_BYTES) -> Source:
     if not version:
         raise UnsupportedError("the input is a gzip file, but not of a NIfTI image; unpack it first (gunzip)")
     image_class = nib.Nifti1Image if version == 1 else nib.Nifti2Image
-    with broken("the NIfTI header"), _quiet_nibabel():
+    with broken("the NIfTI header", also=UNREADABLE), _quiet_nibabel():
         header = image_class.header_class(head[: 348 if version == 1 else 540])
         shape = tuple(int(n) for n in header.get_data_shape())
         dtype = header.get_data_dtype()
@@ -58,7 +62,7 @@ def read(path: Path, *, max_bytes: int = MAX_BYTES) -> Source:
     blob = unpack(needed)
     if len(blob) < needed:
         raise CorruptError(f"the NIfTI file is truncated: {len(blob)} bytes, {needed} expected; copy or export it again")
-    with broken("the NIfTI image"), _quiet_nibabel(), np.errstate(all="ignore"):
+    with broken("the NIfTI image", also=UNREADABLE), _quiet_nibabel(), np.errstate(all="ignore"):
         image = image_class.from_bytes(blob)
         array = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged")).reshape(shape + (1,) * (3 - len(shape)))
         affine = np.array(image.affine, dtype=np.float64)
@@ -124,6 +128,11 @@ def write(volume: Volume, path: Path, *, about: Mapping[str, str | bool | float]
 @contextlib.contextmanager
 def _quiet_nibabel() -> Iterator[None]:
     """nibabel logs what it repairs in a header, to stderr; the checks above say what matters."""
-    with LoggingOutputSuppressor(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
