@@ -191,6 +191,11 @@ def missing_slice(folder: Path) -> Path:
     return series(folder, 6, change)
 
 
+def two_missing(folder: Path) -> Path:
+    """Every second slice but one is missing: most gaps are wide."""
+    return series(folder, 5, lambda k, ds: setattr(ds, "ImagePositionPatient", [-8, -12, 2.5 * (2 * k - (k > 2))]))
+
+
 def uneven(folder: Path) -> Path:
     return series(folder, 5, lambda k, ds: setattr(ds, "ImagePositionPatient", [-8, -12, 2.5 * k + 0.4 * (k == 2)]))
 
@@ -282,9 +287,8 @@ def deflate_bomb(folder: Path) -> Path:
     value = str(DeflatedExplicitVRLittleEndian).encode() + b"\0" * (len(DeflatedExplicitVRLittleEndian) % 2)
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
     body = [squeeze.compress(struct.pack("<HH2sHI", 9, 0x1010, b"OB", 0, 2**31 - 2)), squeeze.flush(zlib.Z_FULL_FLUSH)]
-    zeros = squeeze.compress(bytes(2**24)) + squeeze.flush(zlib.Z_FULL_FLUSH)
-    again = squeeze.compress(bytes(2**24)) + squeeze.flush(zlib.Z_FULL_FLUSH)
-    body += [zeros, *[again] * 127, squeeze.flush()]
+    zeros, again = (squeeze.compress(bytes(2**20)) + squeeze.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    body += [zeros, *[again] * 2047, squeeze.flush()]
     return _bytes(bytes(128) + b"DICM" + struct.pack("<HH2sH", 2, 0x10, b"UI", len(value)) + value + b"".join(body))(folder)
 
 
@@ -346,6 +350,14 @@ def npz_flipped(folder: Path) -> Path:
     data[120] ^= 0xFF
     path.write_bytes(bytes(data))
     return path
+
+
+def npz_checksum(folder: Path) -> Path:
+    """One byte of the uncompressed y is changed, so its checksum does not fit."""
+    np.savez(folder / "sinogram.npz", **sinogram())
+    data = bytearray((folder / "sinogram.npz").read_bytes())
+    data[600] ^= 0xFF
+    return _bytes(bytes(data), "sinogram.npz")(folder)
 
 
 def npz_lying(folder: Path) -> Path:
@@ -453,6 +465,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], Path], int]] = {
     "localizer inside a series": (localizer_inside, 3),
     "two orientations": (coronal_inside, 3),
     "missing slice": (missing_slice, 3),
+    "many missing slices": (two_missing, 3),
     "uneven slices": (uneven, 3),
     "duplicated position": (duplicated_position, 3),
     "one UID twice": (same_uid, 3),
@@ -488,6 +501,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], Path], int]] = {
     "npz with two pitches": (_npz(pitch=np.array([1.0, 2.0])), 3),
     "npz truncated": (npz_cut, 4),
     "npz with a flipped byte": (npz_flipped, 4),
+    "npz with a wrong checksum": (npz_checksum, 4),
     "npz that lies": (npz_lying, 4),
     "npz bomb": (npz_bomb, 6),
 }

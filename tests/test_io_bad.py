@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import resource
 import stat
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pydicom
 import pytest
-from bad_inputs import BAD_INPUTS, CANARY, ct_slice, deflated, save, series
+from bad_inputs import BAD_INPUTS, CANARY, ct_slice, deflated, nifti_bytes, save, series
 
-from deft_med.errors import DeftMedError, ResourceError, UnsupportedError
+from deft_med.errors import CorruptError, DeftMedError, ResourceError, UnsupportedError, UsageError
 from deft_med.io import read
+from deft_med.io.gate import broken, content
 
 # What the line must say, beside its exit code.
 WORDS = {
@@ -41,8 +46,8 @@ WORDS = {
     "npz in degrees": "radians", "npz of counts": "photon counts", "npz without pitch": "lacks pitch",
     "npz with unknown key": "1 unknown keys", "npz of an unknown geometry": "'parallel' or 'fan'",
     "npz fan without source": "source_origin is needed", "npz with half a pixel": "whole numbers",
-    "npz with two pitches": "one number", "npz truncated": "damaged or truncated ZIP", "npz that lies": "asks for more bytes",
-    "npz bomb": "unpacks to more",
+    "npz with two pitches": "one number", "npz truncated": "ZIP archive is damaged", "npz that lies": "asks for more bytes",
+    "npz bomb": "unpacks to more", "many missing slices": "3 slices are missing", "npz with a wrong checksum": "BadZipFile",
 }  # fmt: skip
 
 
@@ -83,6 +88,44 @@ def test_a_bomb_is_stopped_in_bounded_memory(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600e3  # KiB
 
 
+def test_a_huge_file_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deft_med.io.header.FILE_BYTES", 1000)
+    with pytest.raises(ResourceError, match="thousand CT slices"):
+        read(save(ct_slice(), tmp_path / "scan.dcm"))
+
+
+def test_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(ct_slice(), tmp_path / "scan.dcm")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        with pytest.raises(UsageError, match="may not be read"):
+            read(path)
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        content(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("thrown", "caught", "words"),
+    [
+        (MemoryError(CANARY), ResourceError, "more memory than there is"),
+        (RecursionError(CANARY), CorruptError, "it is damaged and could not be read \\(RecursionError\\)"),
+        (PermissionError(13, CANARY), UsageError, "it cannot be read: Permission denied"),
+    ],
+)
+def test_a_librarys_words_do_not_go_on(thrown: Exception, caught: type[Exception], words: str) -> None:
+    with pytest.raises(caught, match=words) as info, broken("it"):
+        raise thrown
+    assert CANARY not in str(info.value) and info.value.__suppress_context__
+
+
+def test_pixels_of_another_shape(tmp_path: Path, head_ct: Path) -> None:
+    ds = pydicom.dcmread(head_ct)
+    ds.Rows = 300
+    ds.save_as(tmp_path / "scan.dcm")
+    with pytest.raises(CorruptError, match="could not be decoded|another shape"):
+        read(tmp_path / "scan.dcm")
+
+
 def test_an_honest_deflated_file_is_read(tmp_path: Path) -> None:
     deflated(tmp_path)
     plain = save(ct_slice(), tmp_path / "plain.dcm")
@@ -107,3 +150,26 @@ def test_lossy_is_read_with_leave_and_recorded(tmp_path: Path) -> None:
         read(path)
     source = read(path, allow_lossy=True)
     assert source.lossy and "lossy" in source.describe()
+
+
+@pytest.mark.parametrize("kind", ["dicom", "deflated", "nifti", "gzip", "npz"])
+def test_damaged_bytes_never_end_in_a_bug(kind: str, tmp_path: Path) -> None:
+    """Random damage of the first two kilobytes: an image or one of our errors, nothing else, nothing on stderr."""
+    make: dict[str, Callable[[], bytes]] = {
+        "dicom": lambda: save(ct_slice(), tmp_path / "a").read_bytes(),
+        "deflated": lambda: deflated(tmp_path).read_bytes(),
+        "nifti": nifti_bytes,
+        "gzip": lambda: gzip.compress(nifti_bytes(), mtime=0),
+        "npz": lambda: BAD_INPUTS["npz with NaN noise"][0](tmp_path).read_bytes(),
+    }
+    rng, good = np.random.default_rng(7), make[kind]()
+    path = tmp_path / "damaged"
+    for _ in range(150):
+        data = bytearray(good)
+        for at in rng.integers(0, min(len(data), 2000), rng.integers(1, 6)):
+            data[at] = rng.integers(256)
+        path.write_bytes(data[: rng.integers(200, 2000)] if rng.random() < 0.2 else data)
+        try:
+            read(path)
+        except DeftMedError as error:
+            assert error.exit_code in (3, 4, 6) and CANARY not in str(error)

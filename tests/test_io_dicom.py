@@ -12,7 +12,7 @@ import pytest
 from bad_inputs import CANARY, ct_slice, phantom, save, series
 
 from deft_med.errors import UsageError
-from deft_med.io import read
+from deft_med.io import example, read
 
 # Image Orientation (Patient) of axial slices for patients lying head or feet first, on the back or face down.
 POSES = {
@@ -171,6 +171,17 @@ def test_an_unreadable_file_is_a_usage_error(tmp_path: Path) -> None:
         read(tmp_path / ("x" * 5000))
     with pytest.raises(UsageError, match="cannot be looked at"):
         read("a\0b")
+
+
+def test_odd_values_are_noted(tmp_path: Path) -> None:
+    ds = ct_slice(RescaleIntercept=1024)
+    assert "are these CT numbers?" in read(save(ds, tmp_path / "scan.dcm")).describe()
+
+
+def test_examples_by_name(head_ct: Path) -> None:
+    assert example("ct") == head_ct
+    with pytest.raises(UsageError, match="choose one of ct"):
+        example("mr")
 
 
 def test_the_head_ct_that_ships_with_pydicom(head_ct: Path) -> None:
