@@ -108,9 +108,14 @@ def test_only_the_whitelist_travels(tmp_path: Path) -> None:
         ds.add_new(0x60000022, "LO", "overlay")
         ds.PatientComments, ds.OperatorsName, ds.PixelPaddingValue = "a comment", "an operator", -2000
         ds.PatientWeight = ""
+        method = pydicom.Dataset()
+        method.CodeValue, method.CodingSchemeDesignator, method.CodeMeaning = "113100", "DCM", "Basic Application Confidentiality Profile"
+        method.private_block(0x0099, "MAKER", create=True).add_new(1, "LO", "private")
+        ds.DeidentificationMethodCodeSequence = [method]
 
     ds = written(read(series(tmp_path, 3, change)), tmp_path / "out")[0]
-    assert not any(element.tag.is_private or element.tag.group == 0x6000 for element in ds)
+    assert not any(element.tag.is_private or element.tag.group == 0x6000 for element in ds.iterall())
+    assert ds.DeidentificationMethodCodeSequence[0].CodeValue == "113100"
     for keyword in ("PatientComments", "OperatorsName", "PixelPaddingValue", "PatientWeight", "InstitutionName"):
         assert keyword not in ds
 
