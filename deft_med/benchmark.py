@@ -174,17 +174,12 @@ class Bench:
         return self.models["deft"]
 
     def _supervised(self, folder: str):
-        from pathlib import Path
-
-        from deft_med.config import load
-        from deft_med.kinds import Training, bare, load_run
+        from deft_med.kinds import trained
         from deft_med.network import use_half
 
         if folder not in self.models:
-            module = bare(load(Path(folder) / "config.yaml", Training))
-            module.load_state_dict(load_run(folder), strict=True)
-            use_half(module, "cpu")
-            self.models[folder] = module.eval()
+            self.models[folder] = trained(folder)[1]
+            use_half(self.models[folder], "cpu")
         return self.models[folder]
 
 

@@ -27,6 +27,10 @@ class Pool:
         fields = {"images": self.images, "spacing": self.spacing, "subject": self.subject}
         save_file({f"{field}.{matrix}": t.contiguous() for field, by in fields.items() for matrix, t in by.items()}, path)
 
+    def to(self, device: str | torch.device) -> "Pool":
+        """The same arrays on a device."""
+        return Pool(*({matrix: t.to(device) for matrix, t in by.items()} for by in (self.images, self.spacing, self.subject)))
+
     @staticmethod
     def load(path: Path, device: str | torch.device = "cpu") -> "Pool":
         fields: dict[str, dict[int, Tensor]] = {"images": {}, "spacing": {}, "subject": {}}

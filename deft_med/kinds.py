@@ -4,14 +4,17 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
 from deft_med.amortised import Conditional, Supervised
-from deft_med.config import Noise
+from deft_med.config import Noise, load
 from deft_med.data import Augmentation, Pool, draw_images
+from deft_med.errors import UsageError
 from deft_med.fit import Recipe, Stage
 from deft_med.htransform import Deft, HTransform
 from deft_med.intensity import Window
@@ -42,7 +45,8 @@ class Network:
 class Acquisitions:
     """Ranges that measurements are drawn from, afresh at every step. Views and coverage are log-uniform and uniform over a fixed
     set of ``geometries`` (their ray matrices stay in memory); noise is drawn per image, transmission with ``photon_share``.
-    A share ``focus`` of the steps is spent on ``focus_views`` over half a turn, the default protocol's geometry."""
+    A share ``focus`` of the steps is spent on ``focus_views`` over half a turn, the default protocol's geometry; ``full_views`` over
+    half a turn (low-dose scans) are one geometry more."""
 
     views: tuple[int, int] = (18, 180)
     coverage_deg: tuple[float, float] = (90.0, 180.0)
@@ -53,6 +57,7 @@ class Acquisitions:
     geometries: int = 16
     focus: float = 0.3
     focus_views: int = 60
+    full_views: int = 360
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,9 @@ class Training:
     """A training's configuration, as the YAML file in configs/ says it."""
 
     kind: str
-    data: Data
     network: Network
     recipe: Recipe
+    data: Data | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     acquisitions: Acquisitions = field(default_factory=Acquisitions)
     prior: str | None = None  # folder of the prior's training, for kind htransform
@@ -100,6 +105,7 @@ class Measurements:
             low, high = ranges.coverage_deg
             coverage = high if r[1] < 0.5 else low + 2 * (r[1] - 0.5) * (high - low)  # half of them cover all there is
             self.beams.append(self._beam(views, coverage, r[2] * math.pi))
+        self.beams.append(self._beam(ranges.full_views, 180.0, 0.0))
         self._built: dict[int, tuple[RayTransform, RayTransform, FilteredBackprojection]] = {}
 
     def _beam(self, views: float, coverage_deg: float, first: float) -> ParallelBeam:
@@ -239,8 +245,12 @@ def _validation(estimate: Callable[[Tensor, Tensor, Gaussian | None], Tensor], t
     return validate
 
 
-def load_run(folder: str | Path) -> dict[str, Tensor]:
-    """The best weights of a training's folder."""
-    from safetensors.torch import load_file
-
-    return load_file(Path(folder) / "best.safetensors")
+def trained(folder: str | Path) -> tuple[Training, Any]:
+    """Configuration and module of a training's folder, with the weights that validated best."""
+    path = Path(folder)
+    if not (path / "best.safetensors").is_file():
+        raise UsageError(f"no training of that name (expected config.yaml and best.safetensors): train {path.name} first")
+    config = load(path / "config.yaml", Training)
+    module = bare(config)
+    module.load_state_dict(load_file(path / "best.safetensors"), strict=True)
+    return config, module.eval()

@@ -126,8 +126,9 @@ def run(arguments: argparse.Namespace) -> None:
         for flag in flags:
             say(f"out of scope: {flag}")
     bar = _Bar(enabled=not arguments.quiet and sys.stderr.isatty())
-    result = reconstruct(scan, model, method=arguments.method, estimate=arguments.estimate, steps=STEPS if arguments.steps is None else arguments.steps,
-                         samples=SAMPLES if arguments.samples is None else arguments.samples, seed=arguments.seed, device=arguments.device, progress=bar)
+    result = reconstruct(
+        scan, model, method=arguments.method, estimate=arguments.estimate, seed=arguments.seed, device=arguments.device, progress=bar,
+        steps=STEPS if arguments.steps is None else arguments.steps, samples=SAMPLES if arguments.samples is None else arguments.samples)
     bar.close()
     record = publish(result, source, out, arguments, wanted, model, flags)
     if arguments.json:

@@ -1,55 +1,135 @@
-"""python -m deft_med.train CONFIG.yaml [--out DIR] [--resume]: train a prior, an h-transform, or a network to compare them with."""
+"""Train a prior, an h-transform, or a network to compare them with; CONFIG is a YAML file or the name of one in configs/train.
+
+Images come from --data FOLDER: with --manifest (a JSON list of file, subject, split, licence, doi) its splits train and tune, else
+the subfolders train/ and tune/, one subject a folder. They are packed into two array files in the training's folder, which is all
+that a machine without medical readers needs to go on from. Writes state.safetensors (to --resume), best.safetensors, log.jsonl,
+loss.png and samples.png.
+"""
 
 import argparse
 import sys
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m deft_med.train", description=__doc__)
-    parser.add_argument("config", help="a YAML file, or the name of one in configs/train")
-    parser.add_argument("--out", help="folder of the training (default: runs/NAME)")
-    parser.add_argument("--resume", action="store_true", help="go on where a killed or timed-out training stopped")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop, resumable, after this long")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    arguments = parser.parse_args(argv)
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m deft_med.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("config", metavar="CONFIG")
+    p.add_argument("--data", metavar="FOLDER", help="images to train and tune on; not needed where the configuration names array files")
+    p.add_argument("--manifest", metavar="FILE", help="JSON list that splits them by subject")
+    p.add_argument("--out", metavar="DIR", help="folder of the training (default: runs/NAME)")
+    p.add_argument("--resume", action="store_true", help="go on where a killed or timed-out training stopped")
+    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--seconds", type=float, default=float("inf"), help="stop, resumable, after this long")
+    p.add_argument("--threads", type=int, help="CPU threads")
+    return p
 
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    from deft_med.errors import DeftMedError, OutputError, UsageError
+
+    try:
+        run(arguments)
+    except DeftMedError as error:
+        return _fail(str(error), error.exit_code)
+    except FileExistsError as error:
+        return _fail(str(error), OutputError.exit_code)
+    except ValueError as error:  # a configuration whose parts do not fit each other
+        return _fail(str(error), UsageError.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted: go on with --resume", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"deft_med: error: {message}", file=sys.stderr)
+    return code
+
+
+def run(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     import torch
 
     from deft_med.config import FOLDER, load
-    from deft_med.data import Pool
     from deft_med.fit import fit
-    from deft_med.kinds import Training, assemble, bare, load_run
+    from deft_med.kinds import Training, assemble, trained
     from deft_med.network import use_half
 
-    named = FOLDER / "train" / f"{arguments.config}.yaml"
-    config = load(named if named.is_file() else arguments.config, Training)
-    out = Path(arguments.out or Path("runs") / Path(arguments.config).stem)
+    shipped = FOLDER / "train" / f"{arguments.config}.yaml"
+    source = shipped if shipped.is_file() else Path(arguments.config)
+    config = load(source, Training)
+    out = Path(arguments.out or Path("runs") / source.stem)
+    if (out / "state.safetensors").exists() and not arguments.resume:
+        raise FileExistsError(f"{out.name} holds a training already: say --resume, or name another folder with --out")
     device = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    prior = None
-    if config.prior is not None:
-        parent = load(Path(config.prior) / "config.yaml", Training)
-        prior = bare(parent)
-        prior.load_state_dict(load_run(config.prior), strict=True)
-        use_half(prior, device)
-    module, objective, validate = assemble(config, Pool.load(Path(config.data.train)), Pool.load(Path(config.data.tune)),
-                                           prior=prior)  # type: ignore[arg-type]
-    use_half(module, device)
+    prior = None if config.prior is None else trained(config.prior)[1]
     out.mkdir(parents=True, exist_ok=True)
-    source = named if named.is_file() else Path(arguments.config)
+    train, tune = pools(arguments, config, out)
+    module, objective, validate = assemble(config, train.to(device), tune.to(device), prior=prior)  # type: ignore[arg-type]
+    for part in (module, prior):
+        if part is not None:
+            use_half(part.to(device), device)
     (out / "config.yaml").write_text(source.read_text("utf-8"), "utf-8")
 
     def say(record: dict) -> None:
-        values = "  ".join(f"{key} {value:.4g}" for key, value in record.items() if key not in ("step", "seconds", "eta", "rate"))
+        hidden = ("step", "seconds", "eta", "rate")
+        values = "  ".join(f"{key} {value:.4g}" for key, value in record.items() if key not in hidden)
         print(f"step {record['step']}/{config.recipe.steps}  {values}  ETA {record['eta'] / 60:.0f} min", file=sys.stderr, flush=True)
 
     fit(module, objective, config.recipe, out, validate=validate, resume=arguments.resume, device=device, log=say,
         seconds=arguments.seconds)
-    return 0
+    pictures(out, config)
+
+
+def pools(arguments: argparse.Namespace, config, out):
+    """(train, tune): packed from --data at the first call, from the array files afterwards."""
+    from pathlib import Path
+
+    from deft_med.data import Pool
+    from deft_med.errors import UsageError
+
+    files = {split: out / f"{split}.safetensors" for split in ("train", "tune")}
+    if arguments.data is not None:
+        from deft_med.subjects import entries, pool
+
+        folder, manifest = Path(arguments.data), Path(arguments.manifest) if arguments.manifest else None
+        for split, file in files.items():
+            if not file.exists():
+                pool(entries(folder if manifest else folder / split, manifest, split)).save(file)
+    elif config.data is not None:
+        files = {"train": Path(config.data.train), "tune": Path(config.data.tune)}
+    missing = [split for split, file in files.items() if not file.is_file()]
+    if missing:
+        raise UsageError(f"no images to {' and '.join(missing)} on: say --data FOLDER (with train/ and tune/ in it, or with --manifest)")
+    return Pool.load(files["train"]), Pool.load(files["tune"])
+
+
+def pictures(out, config) -> None:
+    """loss.png from the log; samples.png: draws of a trained prior."""
+    import json
+
+    import torch
+
+    from deft_med import report
+    from deft_med.kinds import WHOLE, trained
+    from deft_med.sample import dpm, start
+    from deft_med.schedule import sigmas
+
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+    for record in records:
+        octaves = {key.removeprefix("sigma_"): record[key] for key in record if key.startswith("sigma_")}
+        if octaves:
+            record["validation"] = octaves
+    report.loss_curve(out / "loss.png", records)
+    if config.kind == "prior":
+        prior = trained(out)[1]
+        generators = [torch.Generator().manual_seed(k) for k in range(4)]
+        with torch.no_grad():
+            x = start((4, 1, WHOLE, WHOLE), prior.sigma_max, generators)
+            images = dpm(prior, x, sigmas(40), eta=1.0, generators=generators)[:, 0] * 1000
+        report.sample_grid(out / "samples.png", list(images.numpy()), [f"sample {k}" for k in range(4)])
 
 
 if __name__ == "__main__":
