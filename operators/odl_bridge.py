@@ -203,7 +203,9 @@ def _wrapped(operator: LinearOperator) -> Any:
     def space(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
         return (odl.cn if dtype.is_complex else odl.rn)(shape, dtype=_DTYPES[dtype])
 
-    class Wrapped(odl.Operator):
+    base: Any = odl.Operator
+
+    class Wrapped(base):
         def __init__(self, inner: LinearOperator) -> None:
             super().__init__(space(inner.domain_shape, inner.domain_dtype), space(inner.range_shape, inner.range_dtype), linear=True)
             self.inner = inner
