@@ -182,9 +182,9 @@ def publish(result, source, out, arguments, wanted: str, model, flags: list[str]
 def summary(result, out: str) -> str:
     """The last line: what was made, how good it is where that is known, where it lies."""
     parts = [f"{result.method} {result.estimate if result.method == 'deft' else ''}".strip()]
-    if result.metrics:
-        mean = {name: sum(m["psnr"]) / len(m["psnr"]) for name, m in result.metrics.items()}
-        parts.append(f"PSNR {mean[result.method]:.2f} dB (FBP {mean['fbp']:.2f})")
+    psnr = {name: measured["mean"]["psnr"] for name, measured in result.metrics.items()}
+    if psnr and None not in psnr.values():
+        parts.append(f"PSNR {psnr[result.method]:.2f} dB (FBP {psnr['fbp']:.2f})")
     parts.append(f"chi2 {result.chi2.get('samples', result.chi2['mean']):.3f}")
     return f"done in {sum(result.timing.values()):.1f} s: {', '.join(parts)}; open {out}/report.html"
 

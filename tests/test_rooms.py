@@ -18,7 +18,7 @@ PACKAGES = ("operators", "deft_med")
 FOUNDATION = {"operators", "errors", "volume"}
 INFERENCE = FOUNDATION | {"schedule", "intensity", "network", "prior", "likelihood", "htransform", "guidance", "finetune", "sample"}
 EDGES = INFERENCE | {"io", "simulate", "bundle", "card", "attribution", "dialects", "data", "config", "metrics"}
-COMMANDS = {"reconstruct", "train", "benchmark"}
+COMMANDS = {"reconstruct", "train", "benchmark", "export"}
 
 ALLOWED: dict[str, set[str]] = {
     # values
@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"figure", "page"},
     "testing": INFERENCE | {"metrics"},
     # the commands: anything but each other
-    **{name: EDGES | {"pipeline", "fit", "kinds", "publish", "subjects", "amortised", "report", "testing"} for name in COMMANDS},
+    **{name: EDGES | {"pipeline", "fit", "kinds", "publish", "subjects", "attribution", "report", "testing"} for name in COMMANDS},
 }
 
 OPERATORS: dict[str, set[str]] = {
@@ -94,11 +94,11 @@ DOORS: dict[str, set[str]] = {
     "nibabel": {"deft_med.io"},
     "h5py": {"deft_med.io"},
     "safetensors": {"deft_med.bundle", "deft_med.data", "deft_med.fit", "deft_med.kinds", "deft_med.dialects"},
-    "yaml": {"deft_med.config"},
+    "yaml": {"deft_med.config", "deft_med.export"},
     "matplotlib": {"deft_med.report", "deft_med.figure"},
     "skimage": set(),
     "pickle": set(),
-    "argparse": {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.bundle", "operators.bench"},
+    "argparse": {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.export", "deft_med.bundle", "operators.bench"},
     "tqdm": {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.fit", "deft_med.pipeline"},
 }
 # What these may import at all, beside the standard library and their own packages.
@@ -111,7 +111,7 @@ ONLY: dict[str, set[str]] = {
     "deft_med.metrics": {"numpy", "scipy"},
 }
 # Who may print: the commands.
-PRINTERS = {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.bundle", "operators.bench"}
+PRINTERS = {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.export", "deft_med.bundle", "operators.bench"}
 LONGEST = 400
 
 
