@@ -35,7 +35,7 @@ def parallel(views: int) -> ParallelBeam:
 
 def adjoints() -> Iterator[Row]:
     grid = Grid(shape=(101, 120), spacing=(1.3, 1.1))
-    beams = {
+    beams: dict[str, Beam] = {
         "parallel": ParallelBeam(angles=uniform_angles(60), detectors=171, pitch=1.1),
         "parallel, shifted, uneven": ParallelBeam(
             angles=tuple((k / 60) ** 1.3 * 3 for k in range(60)), detectors=150, pitch=1.2, offset=2.3

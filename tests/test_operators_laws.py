@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from operators import _sparse
+from operators._rays import ray_chunks, ray_matrix
 from operators.analytic import FilteredBackprojection
 from operators.ct import RayTransform
 from operators.geometry import FanBeam, Grid, ParallelBeam, uniform_angles
@@ -55,8 +57,6 @@ def streamed():
 
 
 def _streamed(operator):
-    from operators._rays import ray_chunks
-
     chunks = lambda: ray_chunks(GRID, FAN, split=2, subrays=2, merge=False)  # noqa: E731
     return _sparse.StreamedMatrix(chunks, (13 * 29, 23 * 30))
 
@@ -201,3 +201,22 @@ def test_contract_on_cuda(name):
     if "streamed" in name:
         pytest.skip("the streamed matrix is for the CPU")
     check_operator(OPERATORS[name]().to("cuda"), tolerance=1e-6)
+
+
+def test_the_matrix_is_checked():
+    many = np.broadcast_to(np.int32(0), 2**31)  # no memory behind it
+    with pytest.raises(ValueError, match="2147483648 entries does not fit 32-bit indices"):
+        _sparse.SparseMatrix(np.zeros(1), many, many, (1, 1))
+    with pytest.raises(ValueError, match="split and subrays are whole numbers of at least 1, got 0 and 1"):
+        ray_matrix(GRID, PARALLEL, split=0)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    operator = RayTransform(GRID, FAN)
+    x = torch.rand(13, *GRID.shape)
+    y = operator(x)
+    back = operator.H(y)
+    for k in (0, 5, 12):
+        assert torch.equal(operator(x[k]), y[k])
+        assert torch.equal(operator.H(y[k]), back[k])
+        assert torch.equal(operator(x[k : k + 3])[0], y[k])
