@@ -134,16 +134,18 @@ class Bench:
         if name == "fbp":
             window, _, cutoff = (detail or "hann").partition(":")
             inverse = FilteredBackprojection(likelihood.forward.operator, window=window, cutoff=float(cutoff or 1))
-            return type(likelihood)(likelihood.forward, likelihood.y, likelihood.sigma, inverse, s_img=likelihood.s_img).fbp(), {}
+            return likelihood.inverted_by(inverse).fbp(), {}
         if name == "tv":
             return total_variation(likelihood, likelihood.fbp(), float(detail or TV_WEIGHT)), {}
         if name == "supervised":
-            return self._supervised(detail)(likelihood), {}
+            config, module = self._supervised(detail)
+            return module(self._filtered(likelihood, config.filter)), {}
         if name not in ("deft", "deft+dc"):
             from deft_med.errors import UsageError
 
             raise UsageError(f"unknown method {method!r}: python -m deft_med.benchmark --help lists them")
         model = self._model()
+        likelihood = self._filtered(likelihood, model.filter)
         settings = {"consistency": CONSISTENCY if name == "deft+dc" else 0, "seed": self.arguments.seed}
         if detail == "mean":
             return draw_posterior(likelihood, model, steps=1, **settings)[:, 0], {"nfe": 1}
@@ -159,6 +161,12 @@ class Bench:
         spread = {"std": float(samples.std(0).square().mean().sqrt()) if count > 1 else None}
         return samples.mean(0, keepdim=True), {"nfe": 1 + count * (self.arguments.steps - 1), "seconds": count * each[0],
                                                "cpu_seconds": count * each[1], **spread}
+
+    @staticmethod
+    def _filtered(likelihood, window: str):
+        from operators.analytic import FilteredBackprojection
+
+        return likelihood.inverted_by(FilteredBackprojection(likelihood.forward.operator, window=window))
 
     def _most(self, name: str) -> int:
         counts = [m.partition(":")[2] for m in self.arguments.methods.split(",") if m.partition(":")[0].strip() == name]
@@ -178,8 +186,8 @@ class Bench:
         from deft_med.network import use_half
 
         if folder not in self.models:
-            self.models[folder] = trained(folder)[1]
-            use_half(self.models[folder], "cpu")
+            self.models[folder] = trained(folder)
+            use_half(self.models[folder][1], "cpu")
         return self.models[folder]
 
 

@@ -50,6 +50,11 @@ class Model:
         return Window(offset=self.card.window.offset, scale=self.card.window.scale, unit=self.card.window.unit)
 
     @property
+    def filter(self) -> str:
+        """Window of the backprojection in the residual that h is fed."""
+        return self.card.h.residual["window"]
+
+    @property
     def sigma_min(self) -> float:
         return self.card.sigma_min
 

@@ -42,7 +42,7 @@ def make(arguments: argparse.Namespace):
     from deft_med.config import FOLDER
     from deft_med.errors import UsageError
     from deft_med.intensity import Window
-    from deft_med.kinds import FILTER, trained
+    from deft_med.kinds import trained
 
     shipped = FOLDER / "cards" / f"{arguments.card}.yaml"
     text = shipped if shipped.is_file() else Path(arguments.card)
@@ -57,7 +57,7 @@ def make(arguments: argparse.Namespace):
     card = words | {
         "window": dataclasses.asdict(window), "channels": 1, "sigma_data": prior.sd, "sigma_min": prior.sigma_min,
         "sigma_max": prior.sigma_max, "prior": dataclasses.asdict(prior_config.network),
-        "h": dataclasses.asdict(h_config.network) | {"residual": {"window": FILTER}, "form": h_config.loss},
+        "h": dataclasses.asdict(h_config.network) | {"residual": {"window": h_config.filter}, "form": h_config.loss},
         "training_data": [dataclasses.asdict(c) for c in collections(seen)],
         "metrics": [] if arguments.results is None else measured(Path(arguments.results)),
     }

@@ -29,7 +29,6 @@ from operators.geometry import Grid, ParallelBeam, uniform_angles
 
 KINDS = ("prior", "htransform", "supervised", "conditional")
 WHOLE = 256  # matrix of a whole image; training may also see it at half that
-FILTER = "hann"  # window of the backprojection that networks are fed
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ class Training:
     loss: str = "edm"  # or epsilon: the paper's uniform t and unweighted eps
     noisy: float = 0.0  # share of draws moved to the last decade of sigma
     sd: float = 0.5
+    filter: str = "shepp-logan"  # window of the backprojection that is fed: one that vanishes (hann) loses what was measured there
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -95,8 +95,8 @@ class Training:
 class Measurements:
     """Draws likelihoods for images of one size from ``Acquisitions``; its operators are built once, for 1 mm pixels."""
 
-    def __init__(self, size: int, ranges: Acquisitions, seed: int = 0) -> None:
-        self.size, self.ranges, self.window = size, ranges, Window()
+    def __init__(self, size: int, ranges: Acquisitions, *, filter: str, seed: int = 0) -> None:
+        self.size, self.ranges, self.filter, self.window = size, ranges, filter, Window()
         self.grid = Grid(shape=(size, size), spacing=(1.0, 1.0))
         draws = torch.rand(ranges.geometries, 3, generator=Generator().manual_seed(seed), dtype=torch.float64).tolist()
         self.beams = [self._beam(ranges.focus_views, 180.0, 0.0)]
@@ -117,7 +117,7 @@ class Measurements:
         """(the simulator's, the solver's, the approximate inverse) of one geometry."""
         if index not in self._built:
             solver = RayTransform(self.grid, self.beams[index])
-            self._built[index] = measured_by(self.grid, self.beams[index]), solver, FilteredBackprojection(solver, window=FILTER)
+            self._built[index] = measured_by(self.grid, self.beams[index]), solver, FilteredBackprojection(solver, window=self.filter)
         return self._built[index]
 
     def measure(self, u: Tensor, pixel: Tensor, noises: list[Noise], generator: Generator, geometry: int = 0) -> Gaussian:
@@ -171,7 +171,7 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
 
     def measured(u: Tensor, pixel: Tensor, generator: Generator) -> Gaussian:
         if u.shape[-1] not in measurements:
-            measurements[u.shape[-1]] = Measurements(u.shape[-1], config.acquisitions, config.recipe.seed)
+            measurements[u.shape[-1]] = Measurements(u.shape[-1], config.acquisitions, filter=config.filter, seed=config.recipe.seed)
         return measurements[u.shape[-1]].draw(u, pixel, generator)
 
     def loss(estimate: Tensor, u: Tensor, sigma: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
             u, pixel = images(generator, stage)
             return (model(measured(u, pixel, generator)) - u).square().flatten(1).mean(1) / config.sd**2
 
-        return model, supervised, _validation(lambda x, sigma, likelihood: model(likelihood), tune, (6,), config.acquisitions)
+        return model, supervised, _validation(lambda x, sigma, likelihood: model(likelihood), tune, (6,), config)
 
     posterior = model
     if config.kind == "htransform":
@@ -211,22 +211,25 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
         x, sigma = noised(u, generator)
         return loss(posterior(x, sigma, likelihood), u, sigma)
 
-    return model, conditioned, _validation(posterior, tune, (-5, -3, -2, -1, 0, 2, 6), config.acquisitions)
+    return model, conditioned, _validation(posterior, tune, (-5, -3, -2, -1, 0, 2, 6), config)
 
 
 def _validation(estimate: Callable[[Tensor, Tensor, Gaussian | None], Tensor], tune: Pool, octaves: Iterable[int],
-                ranges: Acquisitions | None = None) -> Validate:
+                config: Training | None = None) -> Validate:
     """Error per octave of sigma on one slice of every tune subject, with fixed noise: root mean square in units of u."""
     subject = tune.subject[WHOLE]
     rows = [int((subject == s).nonzero()[0, 0]) for s in subject.unique()]
     u = tune.images[WHOLE][rows].float().div(1000).clamp(-1, 3)[:, None]
     pixel = tune.spacing[WHOLE][rows]
+    kept: list[Measurements] = []
 
     def validate() -> dict[str, float]:
         likelihood = None
-        if ranges is not None:
+        if config is not None:
+            if not kept:
+                kept.append(Measurements(WHOLE, config.acquisitions, filter=config.filter))
             noises = [Noise(gaussian_percent=3.5)] * len(u)
-            likelihood = standard().measure(u, pixel, noises, Generator().manual_seed(1))
+            likelihood = kept[0].measure(u, pixel, noises, Generator().manual_seed(1))
         errors = {}
         for k in octaves:
             sigma = torch.full((len(u),), 2.0**k)
@@ -234,13 +237,6 @@ def _validation(estimate: Callable[[Tensor, Tensor, Gaussian | None], Tensor], t
             with torch.no_grad():
                 errors[f"sigma_{2.0**k:g}"] = float((estimate(x, sigma, likelihood) - u).square().mean().sqrt())
         return errors | {"score": sum(map(math.log, errors.values())) / len(errors)}
-
-    kept: list[Measurements] = []
-
-    def standard() -> Measurements:
-        if not kept:
-            kept.append(Measurements(WHOLE, ranges or Acquisitions()))
-        return kept[0]
 
     return validate
 

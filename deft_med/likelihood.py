@@ -58,6 +58,10 @@ class Gaussian:
         """B y as an image in u: the classical reconstruction with the filter that the networks are fed."""
         return self.residual(torch.zeros_like(self.inverse(self.y)))
 
+    def inverted_by(self, inverse: LinearOperator) -> "Gaussian":
+        """The same measurements with another approximate inverse."""
+        return Gaussian(self.forward, self.y, self.sigma, inverse)
+
     def take(self, index: Tensor) -> "Gaussian":
         """The likelihood of other items of the batch: repeated ones for several samples of a slice."""
         return Gaussian(self.forward.take(index), self.y[index], self.sigma[index], self.inverse, s_img=self.s_img[index])

@@ -28,7 +28,7 @@ from operators.variational import tv
 
 METHODS = ("deft", "fbp", "tv")
 ESTIMATES = ("average", "mean", "sample")
-BASELINE_WINDOW = "hann"
+BASELINE = "hann"  # window of the FBP that stands beside every result
 TV_WEIGHT = 8.0  # of the variation of u against |y - A u|^2 / (2 s^2); chosen on the tune subjects
 STEPS, SAMPLES, CONSISTENCY = 20, 8, 4
 START = 3.0  # noise level around the posterior mean where samples start: far above the posterior's own spread (u = HU / 1000)
@@ -79,9 +79,9 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
     place = _place(device)
     window = model.window if model is not None else Window()
     with clock("operator"), torch.no_grad():
-        likelihood = likelihood_of(scan, window, place)
+        likelihood = likelihood_of(scan, window, place, filter=BASELINE if model is None else model.filter)
     with clock("fbp"), torch.no_grad():
-        fbp = likelihood.fbp()
+        fbp = likelihood.inverted_by(FilteredBackprojection(likelihood.forward.operator, window=BASELINE)).fbp()
     count = samples if method == "deft" and estimate == "average" else 1
     with clock(method), torch.no_grad():
         if method == "fbp":
@@ -160,12 +160,12 @@ def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, sa
     return torch.cat(items).reshape(slices, -1, 1, *shape)
 
 
-def likelihood_of(scan: Scan, window: Window, device: str | torch.device = "cpu") -> Gaussian:
+def likelihood_of(scan: Scan, window: Window, device: str | torch.device = "cpu", *, filter: str = BASELINE) -> Gaussian:
     """The likelihood of a scan's images in u; its noise is estimated from the data where the scan does not know it."""
     y = torch.from_numpy(scan.y)[:, None]
     noise = estimate_noise(y) if scan.noise is None else torch.from_numpy(np.broadcast_to(scan.noise, scan.y.shape).copy())[:, None]
     operator = encode(scan.grid, scan.acquisition, device)
-    return Gaussian(window.fold(operator), y.to(device), noise.to(device), FilteredBackprojection(operator, window=BASELINE_WINDOW))
+    return Gaussian(window.fold(operator), y.to(device), noise.to(device), FilteredBackprojection(operator, window=filter))
 
 
 def _volume(values: Tensor, scan: Scan) -> Volume:

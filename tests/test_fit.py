@@ -150,7 +150,7 @@ def test_shipped_configurations_load() -> None:
 def test_measurements_are_fresh_and_as_noisy_as_they_say(pool: Pool) -> None:
     u = pool.images[256][:2].float().div(1000)[:, None]
     u = torch.nn.functional.avg_pool2d(u, 4)
-    measurements = Measurements(64, Acquisitions(geometries=2, full_views=90))
+    measurements = Measurements(64, Acquisitions(geometries=2, full_views=90), filter="hann")
     pixel = torch.tensor([4.0, 6.0])
     for noises in ([Noise(gaussian_percent=3.5)] * 2, [Noise(photons=2e4, electronic=10)] * 2):
         first = measurements.measure(u, pixel, noises, torch.Generator().manual_seed(0))
@@ -192,7 +192,8 @@ def test_a_killed_command_resumes(pool: Pool, tmp_path: Path) -> None:
     assert (tmp_path / "parts" / "samples.png").stat().st_size > 1000 and (tmp_path / "parts" / "loss.png").exists()
 
 
-def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["nonsense"]) == 2
     assert main(["ct_prior", "--out", str(tmp_path / "run")]) == 2
     assert "--data FOLDER" in capsys.readouterr().err

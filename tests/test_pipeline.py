@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from test_bundle import CARD
 
 from deft_med.bundle import Model, networks
 from deft_med.card import parse
@@ -13,8 +14,6 @@ from deft_med.pipeline import reconstruct
 from deft_med.simulate import reconstruction_grid, simulate
 from deft_med.volume import Scan, Volume
 from operators.ct import attenuation
-
-from test_bundle import CARD
 
 
 @pytest.fixture(scope="module")
