@@ -9,7 +9,7 @@ from deft_med.guidance import dds
 from deft_med.htransform import Deft, HTransform
 from deft_med.metrics import coverage
 from deft_med.network import UNet
-from deft_med.prior import Prior, scalings
+from deft_med.prior import Prior, denoising_loss, scalings
 from deft_med.sample import ddim, dpm, heun, start
 from deft_med.schedule import edm_to_vp, sigmas, vp_to_edm
 from deft_med.testing import Laboratory
@@ -211,3 +211,53 @@ def test_schedules() -> None:
         sigmas(0)
     with pytest.raises(ValueError, match="one generator per item"):
         start((2, 1, 4, 4), 1.0, [generator()])
+
+
+class Linear(torch.nn.Module):
+    """A network that is one matrix of its flattened inputs: for a Gaussian the best h is linear in (x, D, g)."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.matrix, self.seen = torch.zeros(3 * n * n, n * n, dtype=torch.float64), None
+
+    def forward(self, x: torch.Tensor, scalars: torch.Tensor) -> torch.Tensor:
+        self.seen = x.flatten(1)
+        return (self.seen @ self.matrix).reshape(len(x), 1, *x.shape[2:])
+
+
+@pytest.mark.parametrize("form", ["edm", "epsilon"])
+@pytest.mark.parametrize("level", [0.1, 0.5, 3.0, 80.0])
+def test_an_h_fitted_to_pairs_reaches_the_linear_optimum(form: str, level: float) -> None:
+    """The minimiser of DEFT's loss over pairs (x0, y) is the exact posterior denoiser, in both forms and at every noise level."""
+    ct = Laboratory.ct(n=8, views=12)
+    lab = Laboratory(ct.operator, ct.operator.H * (1 / 96), ct.s, mean=0.0)  # the adjoint as B: it keeps all that y says about x0
+
+    class Exact(torch.nn.Module):
+        sd = 0.5
+
+        def forward(self, x, sigma):
+            return lab.prior(x, sigma)
+
+        def freeze(self):
+            return self
+
+    network = Linear(lab.n)
+    deft = Deft(Exact(), HTransform(network, form=form).double())
+
+    def pairs(count: int, seed: int):
+        x0 = lab.draw(count, generator(seed))
+        x = x0 + level * torch.randn(x0.shape, dtype=x0.dtype, generator=generator(seed + 1))
+        return x0, x, torch.full((count,), level, dtype=torch.float64), lab.measure(x0, generator(seed + 2))
+
+    with torch.no_grad():
+        x0, x, sigma, likelihood = pairs(30000, 0)
+        untrained = deft(x, sigma, likelihood)
+        scale = level if form == "epsilon" else scalings(sigma[:1], 0.5)[1]
+        network.matrix = torch.linalg.lstsq(network.seen, ((x0 - untrained) / scale).flatten(1), rcond=1e-9, driver="gelsd").solution
+        x0, x, sigma, likelihood = pairs(10000, 10)
+        trained = deft(x, sigma, likelihood)
+    error = (trained - x0).square().mean()
+    assert lab.least_error(level) * 0.99 < error < lab.least_error(level) * 1.02
+    assert denoising_loss(trained, x0, sigma, 0.5).mean() < denoising_loss(deft.prior(x, sigma), x0, sigma, 0.5).mean()
+    exact = lab.posterior(likelihood.y)(x, sigma)
+    assert (trained - exact).square().mean() < 0.02 * lab.least_error(level)
