@@ -148,7 +148,7 @@ def points() -> Iterator[Row]:
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 0 when every bar is met, else 9."""
     parser = argparse.ArgumentParser(prog="python -m operators.bench", description="Measure the operators against their bars.")
-    parser.add_argument("--rounds", type=int, default=5, help="timing rounds, the best of which counts (default 5)")
+    parser.add_argument("--rounds", type=int, default=15, help="timing rounds, the best of which counts (default 15)")
     options = parser.parse_args(arguments)
     missed = 0
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), 256 x 256 unless said otherwise\n")
