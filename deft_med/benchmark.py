@@ -136,7 +136,8 @@ class Bench:
             inverse = FilteredBackprojection(likelihood.forward.operator, window=window, cutoff=float(cutoff or 1))
             return likelihood.inverted_by(inverse).fbp(), {}
         if name == "tv":
-            return total_variation(likelihood, likelihood.fbp(), float(detail or TV_WEIGHT)), {}
+            image, record = total_variation(likelihood, likelihood.fbp(), float(detail or TV_WEIGHT))
+            return image, {"converged": record.converged, "gap": float(record.gap.max()), "iterations": record.iterations}
         if name == "supervised":
             config, module = self._supervised(detail)
             return module(self._filtered(likelihood, config.filter)), {}

@@ -130,6 +130,8 @@ def run(arguments: argparse.Namespace) -> None:
         scan, model, method=arguments.method, estimate=arguments.estimate, seed=arguments.seed, device=arguments.device, progress=bar,
         steps=STEPS if arguments.steps is None else arguments.steps, samples=SAMPLES if arguments.samples is None else arguments.samples)
     bar.close()
+    for warning in result.warnings:
+        say(warning)
     record = publish(result, source, out, arguments, wanted, model, flags)
     if arguments.json:
         import json
@@ -156,9 +158,9 @@ def publish(result, source, out, arguments, wanted: str, model, flags: list[str]
         "simulated": result.simulated, "lossy_source": source.lossy, "out_of_scope": flags,
     }
     title = f"{'Retrospective CT study' if result.simulated else 'CT reconstruction'}: {result.method.upper()}"
-    result = dataclasses.replace(result, provenance=provenance, warnings=tuple(flags), title=title)
+    result = dataclasses.replace(result, provenance=provenance, warnings=(*result.warnings, *flags), title=title)
     record = {"provenance": provenance, "metrics": result.metrics, "chi2": result.chi2, "seconds": result.timing,
-              "notes": "research use only, not a medical device"}
+              "warnings": list(result.warnings), "notes": "research use only, not a medical device"}
     how = (f"deft_med {__version__}, method {result.method}, estimate {result.estimate}, {result.samples} samples, "
            f"seed {arguments.seed}, protocol {provenance['protocol']}")
     pictures = [("", result.method.upper(), result.volume, f"{result.method.upper()} reconstruction", how),
