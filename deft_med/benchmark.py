@@ -1,10 +1,12 @@
 """Compare methods on the same simulated scans: mean over subjects and their spread, as a table. Resumable per slice and method.
 
 METHODS is a list with commas: fbp or fbp:WINDOW[:CUTOFF]; tv or tv:WEIGHT; supervised:DIR (a training's folder); deft:mean,
-deft:sample, deft:K (mean of K samples); deft+dc:... with data-consistency steps. Tune on tune subjects, report on val subjects.
+deft:sample, deft:K (mean of K samples), with the data-consistency steps that the card says; deft+dc:... with four of them, deft-dc:...
+without. --eta and --trust replace the card's, for tuning. Tune on tune subjects, report on val subjects.
 """
 
 import argparse
+import dataclasses
 import sys
 from typing import Any
 
@@ -22,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--slices", type=int, default=3, help="at most this many slices of a subject, evenly spaced (default: %(default)s)")
     p.add_argument("--subjects", type=int, help="at most this many subjects")
     p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--eta", type=float, help="noise of the sampler instead of the card's")
+    p.add_argument("--trust", type=float, help="deviation that data consistency allows, instead of the card's")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int)
     p.add_argument("--out", default="runs/benchmark", metavar="DIR", help="folder of results.jsonl and table.md (default: %(default)s)")
@@ -127,7 +131,7 @@ class Bench:
                 yield {"method": method, **values, "chi2": float(likelihood.chi2(image)[0]), **times, **extra}
 
     def _run(self, method: str, likelihood, kept: dict):
-        from deft_med.pipeline import CONSISTENCY, TV_WEIGHT, draw_posterior, total_variation
+        from deft_med.pipeline import TV_WEIGHT, draw_posterior, total_variation
         from operators.analytic import FilteredBackprojection
 
         name, _, detail = method.partition(":")
@@ -141,13 +145,13 @@ class Bench:
         if name == "supervised":
             config, module = self._supervised(detail)
             return module(self._filtered(likelihood, config.filter)), {}
-        if name not in ("deft", "deft+dc"):
+        if name not in ("deft", "deft-dc", "deft+dc"):
             from deft_med.errors import UsageError
 
             raise UsageError(f"unknown method {method!r}: python -m deft_med.benchmark --help lists them")
         model = self._model()
         likelihood = self._filtered(likelihood, model.filter)
-        settings = {"consistency": CONSISTENCY if name == "deft+dc" else 0, "seed": self.arguments.seed}
+        settings = {"consistency": {"deft": None, "deft-dc": 0, "deft+dc": 4}[name], "seed": self.arguments.seed}
         if detail == "mean":
             return draw_posterior(likelihood, model, steps=1, **settings)[:, 0], {"nfe": 1}
         count = 1 if detail == "sample" else int(detail)
@@ -178,7 +182,10 @@ class Bench:
         from deft_med.network import use_half
 
         if "deft" not in self.models:
-            self.models["deft"] = bundle.load_model(self.arguments.model)
+            model = bundle.load_model(self.arguments.model)
+            chosen = {key: getattr(self.arguments, key) for key in ("eta", "trust") if getattr(self.arguments, key) is not None}
+            sampling = dataclasses.replace(model.card.sampling, **chosen)
+            self.models["deft"] = dataclasses.replace(model, card=dataclasses.replace(model.card, sampling=sampling))
             use_half(self.models["deft"].deft, "cpu")
         return self.models["deft"]
 

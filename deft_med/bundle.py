@@ -64,13 +64,18 @@ class Model:
 
     @property
     def eta(self) -> float:
-        """Noise fraction of the sampler."""
+        """Noise of the stochastic sampler."""
         return self.card.sampling.eta
 
     @property
     def trust(self) -> float:
-        """Trust of the data-consistency steps."""
+        """Deviation, in u, that the data-consistency steps allow the denoiser."""
         return self.card.sampling.trust
+
+    @property
+    def consistency(self) -> int:
+        """Data-consistency steps per level."""
+        return self.card.sampling.consistency
 
     def to(self, device: str | torch.device) -> Model:
         """Move the weights; returns itself."""

@@ -83,10 +83,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample, chosen on the tune subjects: noise fraction eta, trust of the data-consistency steps."""
+    """How to sample, chosen on the tune subjects.
 
-    eta: float = 0.7
-    trust: float = 1.0
+    ``eta``: noise of the stochastic sampler, 0 for none. ``consistency``: conjugate gradient steps towards the data at every level;
+    ``trust``: the deviation, in u, that they allow the denoiser.
+    """
+
+    eta: float = 0.5
+    consistency: int = 0
+    trust: float = 0.2
 
 
 @dataclass(frozen=True)

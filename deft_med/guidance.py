@@ -32,17 +32,17 @@ class _Curvature(LinearOperator):
         return self._forward(y)
 
 
-def dds(denoiser: Denoiser, likelihood: Gaussian, *, sd: float = 0.5, trust: float = 1.0, iterations: int = 5,
-        tolerance: float = 0.0) -> Denoiser:
+def dds(denoiser: Denoiser, likelihood: Gaussian, *, sd: float = 0.5, iterations: int = 5, tolerance: float = 0.0) -> Denoiser:
     """Decomposed diffusion sampling: D' = argmin_z |y - A z|^2 / s^2 + |z - D|^2 / r^2, by CG from D.
 
     Converged, it is PiGDM with the Jacobian r^2 / sigma^2: h = (D' - D) / sigma^2 with
     D' - D = r^2 A^H (r^2 A A^H + s^2)^-1 (y - A D). Chung et al. 2024 (arXiv 2303.05754), with the noise levels setting the trust.
-    ``trust`` multiplies r^2; around a posterior denoiser a small one corrects it only where the data are sure.
+    ``sd`` says what D leaves open: r^2 = sigma^2 sd^2 / (sigma^2 + sd^2). Around a posterior denoiser a small one corrects it only
+    where the data are sure.
     """
     def posterior(x: Tensor, sigma: Tensor) -> Tensor:
         d = denoiser(x, sigma)
-        curvature = _Curvature(likelihood, per_item(trust * spread(sigma, sd), x))
+        curvature = _Curvature(likelihood, per_item(spread(sigma, sd), x))
         return d + cg(curvature, likelihood.score(d), iterations=iterations, tolerance=tolerance)
 
     return posterior

@@ -30,7 +30,7 @@ METHODS = ("deft", "fbp", "tv")
 ESTIMATES = ("average", "mean", "sample")
 BASELINE = "hann"  # window of the FBP that stands beside every result
 TV_WEIGHT = 3.0  # of the variation of u against |y - A u|^2 / (2 s^2); chosen on the tune subjects
-STEPS, SAMPLES, CONSISTENCY = 20, 8, 4
+STEPS, SAMPLES = 20, 8
 START = 3.0  # noise level around the posterior mean where samples start: far above the posterior's own spread (u = HU / 1000)
 
 
@@ -126,14 +126,14 @@ def total_variation(likelihood: Gaussian, x0: Tensor, weight: float = TV_WEIGHT)
     return tv(forward.operator * forward.a, likelihood.y - shift, weight, sigma=likelihood.sigma, x0=x0)
 
 
-def posterior_denoiser(likelihood: Gaussian, model: Model, consistency: int = CONSISTENCY) -> Denoiser:
-    """DEFT's denoiser for these measurements, followed by a few data-consistency CG steps."""
-    deft = model.deft.given(likelihood)
-    return dds(deft, likelihood, sd=model.deft.prior.sd, trust=model.trust, iterations=consistency) if consistency else deft
+def posterior_denoiser(likelihood: Gaussian, model: Model, consistency: int | None = None) -> Denoiser:
+    """DEFT's denoiser for these measurements, followed by ``consistency`` CG steps towards the data (the card's number by default)."""
+    deft, count = model.deft.given(likelihood), model.consistency if consistency is None else consistency
+    return dds(deft, likelihood, sd=model.trust, iterations=count) if count else deft
 
 
 def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, samples: int = 1, seed: int = 0, first: int = 0,
-                   consistency: int = CONSISTENCY, progress: Callable[[int, int], None] | None = None) -> Tensor:
+                   consistency: int | None = None, progress: Callable[[int, int], None] | None = None) -> Tensor:
     """Samples (S, K, 1, ny, nx): the posterior mean in one evaluation at sigma_max, then K runs of steps - 1 levels around it.
 
     With steps = 1 it is that mean, (S, 1, 1, ny, nx). Slice k, sample j draw from (seed, first + k, j), and every item is computed
