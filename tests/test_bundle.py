@@ -88,7 +88,7 @@ def test_a_loaded_model_denoises_and_is_frozen(saved: Path) -> None:
     assert not any(p.requires_grad for p in model.deft.parameters()) and not model.deft.training
     x = model.deft.prior(torch.randn(1, 1, 10, 14), torch.tensor([2.0]))
     assert x.shape == (1, 1, 10, 14) and torch.isfinite(x).all()
-    assert (model.window.scale, model.sigma_min, model.sigma_max, model.eta, model.trust) == (1000.0, 0.01, 80.0, 0.7, 1.0)
+    assert (model.window.scale, model.sigma_min, model.sigma_max, model.eta, model.trust) == (1000.0, 0.01, 80.0, 0.5, 0.2)
 
 
 def test_a_bare_network_of_a_prior_is_accepted(tmp_path: Path) -> None:
