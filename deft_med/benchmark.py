@@ -65,22 +65,27 @@ def run(arguments: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"
     done = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
-    have = {(r["subject"], r["slice"], r["method"]) for r in done if r["protocol"] == protocol.name and r["seed"] == arguments.seed}
     bench, begun = Bench(arguments), time.monotonic()
+    settings = {m: bench.settings(m) for m in methods}
+    done = [r for r in done if (r["protocol"], r["seed"]) == (protocol.name, arguments.seed) and r["settings"] == settings.get(r["method"])]
+    have = {(r["subject"], r["slice"], r["method"]) for r in done}
+    asked = set()
     for number, subject in enumerate(subjects):
         for key, volume in chosen_slices([e for e in listed if e["subject"] == subject], arguments.slices):
+            asked.add((subject, key))
             missing = [m for m in methods if (subject, key, m) not in have]
             if not missing:
                 continue
-            scan = simulate(volume, protocol, seed=arguments.seed + key)
+            scan = simulate(volume, protocol, seed=digest(arguments.seed, subject, key))
             for record in bench.measure(scan, missing):
-                record |= {"subject": subject, "slice": key, "protocol": protocol.name, "seed": arguments.seed}
+                record |= {"subject": subject, "slice": key, "protocol": protocol.name, "seed": arguments.seed,
+                           "settings": settings[record["method"]]}
                 done.append(record)
                 with results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
         left = (time.monotonic() - begun) / (number + 1) * (len(subjects) - number - 1)
         print(f"{number + 1}/{len(subjects)} subjects, {left / 60:.0f} min left", file=sys.stderr)
-    text = table([r for r in done if r["protocol"] == protocol.name and r["method"] in methods and r["subject"] in subjects], methods)
+    text = table([r for r in done if (r["subject"], r["slice"]) in asked], methods)
     (out / "table.md").write_text(text, "utf-8")
     print(text)
 
@@ -100,12 +105,26 @@ def chosen_slices(listed: list[dict], count: int):
         yield int(number), Volume(volume.data[k:k + 1], volume.affine, volume.unit)
 
 
+def digest(seed: int, subject: str, key: int) -> int:
+    """A seed of its own for every slice of every subject."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(f"{seed} {subject} {key}".encode()).digest()[:4], "little")
+
+
 class Bench:
     """Runs methods on one scan and measures them; models are loaded once."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.models: dict[str, Any] = {}
+
+    def settings(self, method: str) -> dict:
+        """What a number depends on beside scan and method: rows of other settings are not reused."""
+        if not method.startswith("deft"):
+            return {}
+        card = self._model().card
+        return {"model": card.sha256, "steps": self.arguments.steps, "sampling": dataclasses.asdict(card.sampling)}
 
     def measure(self, scan, methods: list[str]):
         import time
@@ -212,10 +231,12 @@ def table(records: list[dict], methods: list[str]) -> str:
             continue
         cells = []
         for key, digits in (("psnr", 2), ("ssim", 3), ("psnr_body", 2), ("ssim_body", 3), ("chi2", 3), ("seconds", 2), ("cpu_seconds", 2)):
-            each = [float(np.mean([r[key] for r in rows if r["subject"] == s])) for s in subjects if any(r["subject"] == s for r in rows)]
+            of = {s: [r[key] for r in rows if r["subject"] == s and r[key] is not None] for s in subjects}
+            each = [float(np.mean(values)) for values in of.values() if values]
             spread = f" ± {np.std(each, ddof=1):.{digits}f}" if key in ("psnr", "ssim", "psnr_body", "ssim_body") and len(each) > 1 else ""
-            cells.append(f"{np.mean(each):.{digits}f}{spread}")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+            cells.append(f"{np.mean(each):.{digits}f}{spread}" if each else "-")
+        unfinished = sum(not r.get("converged", True) for r in rows)
+        lines.append(f"| {method}{f' ({unfinished} not converged)' if unfinished else ''} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -59,7 +60,8 @@ class Recipe:
 
 def step_generator(seed: int, step: int, device: torch.device | str) -> Generator:
     """The generator of one step: the same draws whenever that step is run."""
-    return Generator(device=device).manual_seed((seed << 32) + step)
+    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint32)  # the CPU generator looks at 32 bits only
+    return Generator(device=device).manual_seed(int(state[0]))
 
 
 def fit(network: nn.Module, objective: Callable[[Generator, Stage], Tensor], recipe: Recipe, out: Path, *,

@@ -29,6 +29,7 @@ from operators.variational import TVRecord, tv
 METHODS = ("deft", "fbp", "tv")
 ESTIMATES = ("average", "mean", "sample")
 BASELINE = "hann"  # window of the FBP that stands beside every result
+AIR = -1.0  # u of air: nothing is thinner
 TV_WEIGHT = 3.0  # of the variation of u against |y - A u|^2 / (2 s^2); chosen on the tune subjects
 STEPS, SAMPLES = 20, 8
 START = 3.0  # noise level around the posterior mean where samples start: far above the posterior's own spread (u = HU / 1000)
@@ -110,6 +111,8 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
         if scan.reference is not None:
             measured = {method: metrics.ct_metrics(volume.data, scan.reference.data),
                         "fbp": metrics.ct_metrics(baseline.data, scan.reference.data)}
+    if scan.noise is None:
+        warnings += ("the noise level was estimated from the data, as one white level per slice: transmission noise is not white",)
     provenance = {"method": method, "estimate": estimate, "steps": steps if method == "deft" else None, "samples": count, "seed": seed,
                   "device": place.type, "protocol": scan.protocol, "noise": "estimated" if scan.noise is None else "given"}
     return Reconstruction(
@@ -120,10 +123,10 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
 
 
 def total_variation(likelihood: Gaussian, x0: Tensor, weight: float = TV_WEIGHT) -> tuple[Tensor, TVRecord]:
-    """argmin_u |y - A u|^2 / (2 s^2) + weight TV(u), and how far it converged: the classical method that DEFT is measured against."""
+    """argmin |y - A u|^2 / (2 s^2) + weight TV(u) over u >= air, and how far it converged: the classical method beside DEFT."""
     forward = likelihood.forward
     shift = forward(torch.zeros_like(x0))
-    return tv(forward.operator * forward.a, likelihood.y - shift, weight, sigma=likelihood.sigma, x0=x0)
+    return tv(forward.operator * forward.a, likelihood.y - shift, weight, sigma=likelihood.sigma, x0=x0.clamp(min=AIR), lower=AIR)
 
 
 def posterior_denoiser(likelihood: Gaussian, model: Model, consistency: int | None = None) -> Denoiser:
@@ -151,14 +154,14 @@ def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, sa
 
     for index in range(slices):
         denoiser = posterior_denoiser(likelihood.take(torch.tensor([index])), model, consistency)
-        x = start((1, 1, *shape), model.sigma_max, [slice_generator(seed, first + index)], device=likelihood.y.device)
+        x = start((1, 1, *shape), model.sigma_max, [slice_generator(seed, first + index, purpose="start")], device=likelihood.y.device)
         mean = denoiser(x, x.new_full((1,), model.sigma_max))
         tick()
         if steps == 1:
             items.append(mean)
             continue
         for sample in range(samples):
-            generators = [slice_generator(seed, first + index, 1 + sample)]
+            generators = [slice_generator(seed, first + index, sample, purpose="sample")]
             x = start(mean.shape, START, generators, mean, device=mean.device)
             items.append(dpm(denoiser, x, levels, eta=model.eta, generators=generators, callback=tick))
     return torch.cat(items).reshape(slices, -1, 1, *shape)

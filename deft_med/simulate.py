@@ -31,10 +31,10 @@ def with_noise(lines: Tensor, noise: Noise, generator: Generator) -> tuple[Tenso
     return gaussian(lines, sigma, generator=generator), sigma
 
 
-def slice_generator(seed: int, index: int, sample: int = 0) -> Generator:
-    """Draws of one slice and one sample: they depend on (seed, slice, sample) and on nothing beside it."""
-    state = np.random.SeedSequence([seed, index, sample]).generate_state(2, np.uint32)
-    return Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+def slice_generator(seed: int, index: int, sample: int = 0, *, purpose: str) -> Generator:
+    """Draws of one slice and one sample for one purpose: what is measured and what is sampled must not share a stream."""
+    state = np.random.SeedSequence([seed, index, sample, *purpose.encode()]).generate_state(1, np.uint32)
+    return Generator().manual_seed(int(state[0]))  # 32 bits: the CPU generator looks at no more
 
 
 def reconstruction_grid(volume: Volume, size: int) -> tuple[int, int]:
@@ -60,7 +60,7 @@ def simulate(volume: Volume, protocol: Protocol, *, seed: int = 0) -> Scan:
     for first in range(0, len(source.data), CHUNK):
         lines = operator(attenuation(torch.from_numpy(source.data[first:first + CHUNK])))
         for index, line in enumerate(lines):
-            noisy, deviation = with_noise(line, protocol.noise, slice_generator(seed, first + index))
+            noisy, deviation = with_noise(line, protocol.noise, slice_generator(seed, first + index, purpose="measure"))
             y.append(noisy)
             sigma.append(deviation)
     return Scan(y=torch.stack(y).numpy(), acquisition=beam, grid=grid, noise=torch.stack(sigma).numpy(), reference=reference,

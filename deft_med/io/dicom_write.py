@@ -185,8 +185,8 @@ def _image(ds: Dataset, source: Dataset, volume: Volume, index: int, kind: str) 
     ds.PixelSpacing = [_ds(dy), _ds(dx)]
     ds.ImageOrientationPatient = _orientation(source, volume)
     ds.ImagePositionPatient = [_ds(v) for v in volume.affine[:3, 3] + index * volume.affine[:3, 2]]
-    if not text(ds, "SliceThickness"):
-        ds.SliceThickness = _ds(dz)
+    if not text(ds, "SliceThickness"):  # type 2: what the source does not say is left empty
+        ds.SliceThickness = None if text(source, "SOPInstanceUID") else _ds(dz)
     if len(volume.data) > 1:
         ds.SpacingBetweenSlices = _ds(dz)
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
