@@ -126,7 +126,8 @@ def total_variation(likelihood: Gaussian, x0: Tensor, weight: float = TV_WEIGHT)
     """argmin |y - A u|^2 / (2 s^2) + weight TV(u) over u >= air, and how far it converged: the classical method beside DEFT."""
     forward = likelihood.forward
     shift = forward(torch.zeros_like(x0))
-    return tv(forward.operator * forward.a, likelihood.y - shift, weight, sigma=likelihood.sigma, x0=x0.clamp(min=AIR), lower=AIR)
+    return tv(forward.operator * forward.a, likelihood.y - shift, weight, sigma=likelihood.sigma, x0=x0.clamp(min=AIR), lower=AIR,
+              max_iterations=1500)
 
 
 def posterior_denoiser(likelihood: Gaussian, model: Model, consistency: int | None = None) -> Denoiser:
