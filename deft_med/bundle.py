@@ -9,17 +9,15 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import sys
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import WEIGHTS, Card, check, out_of_scope, parse
-from .errors import DeftMedError, ModelError, OutputError, UsageError
+from .errors import DeftMedError, ModelError, UsageError
+from .publish import check_target, published
 
 if TYPE_CHECKING:
     import torch
@@ -152,8 +150,7 @@ def save(folder: str | Path, prior_state: Mapping[str, Tensor], h_state: Mapping
     target = Path(folder).absolute()
     if not attribution.strip():
         raise ModelError("a model is published with the attribution of its training data: attribution() makes it from the manifest")
-    if target.exists() and not (overwrite and (target / "card.json").is_file()):
-        raise OutputError("the bundle's folder exists already: name another, or say overwrite=True for a bundle")
+    check_target(target, overwrite, "card.json")
 
     states = [_full(state) for state in (prior_state, h_state)]
     blobs, counts = {}, []
@@ -171,24 +168,11 @@ def save(folder: str | Path, prior_state: Mapping[str, Tensor], h_state: Mapping
 
     texts = {"card.json": made.to_json(), "metadata.json": json.dumps(_metadata(made), indent=2) + "\n", "README.md": readme(made),
              "LICENSE": LICENSE, "ATTRIBUTION.md": attribution}  # fmt: skip
-    beside = target.with_name(f".{target.name}.part-{uuid.uuid4().hex[:12]}")
-    try:
-        beside.mkdir(parents=True)
+    with published(target, overwrite, "card.json") as beside:
         for name, blob in blobs.items():
             (beside / name).write_bytes(blob)
         for name, text in texts.items():
             (beside / name).write_text(text, encoding="utf-8")
-        if target.exists():
-            old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:12]}")
-            os.rename(target, old)
-            os.rename(beside, target)
-            shutil.rmtree(old)
-        else:
-            os.rename(beside, target)
-    except OSError as error:
-        raise OutputError("the bundle's folder cannot be written: name a writable one") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return made
 
 

@@ -14,12 +14,15 @@ from deft_med.errors import OutputError, ResourceError
 RECORD = "run.json"  # what tells a folder that a run made
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse, before any work, a target that is in the way or cannot be written; OutputError says what to do."""
+def check_target(target: Path, overwrite: bool, record: str = RECORD) -> None:
+    """Refuse, before any work, a target that is in the way or cannot be written; OutputError says what to do.
+
+    What is overwritten, when told to, holds the file ``record`` (so it was written by us) or nothing.
+    """
     if target.exists() or target.is_symlink():
         if not overwrite:
             raise OutputError("the output folder exists already: name another with --out, or say --overwrite")
-        if not target.is_dir() or target.is_symlink() or (any(target.iterdir()) and not (target / RECORD).is_file()):
+        if not target.is_dir() or target.is_symlink() or (any(target.iterdir()) and not (target / record).is_file()):
             raise OutputError("the output exists and was not written by deft_med: it is not overwritten; name another folder with --out")
     parent = target.absolute().parent
     while not parent.exists():
@@ -40,19 +43,19 @@ def _read_only(folder: Path) -> bool:
 
 
 @contextmanager
-def published(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def published(target: Path, overwrite: bool = False, record: str = RECORD) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` when the block ends well and vanishes when it does not.
 
     Raises OutputError when the target is in the way or not writable, ResourceError when the disk is full.
     """
-    check_target(target, overwrite)
+    check_target(target, overwrite, record)
     target = target.absolute()
     beside = target.with_name(f".{target.name}.part-{uuid.uuid4().hex[:12]}")
     try:
         beside.mkdir(parents=True)
         yield beside
         if target.exists():
-            check_target(target, overwrite)
+            check_target(target, overwrite, record)
             old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:12]}")
             os.rename(target, old)
             os.rename(beside, target)

@@ -16,7 +16,7 @@ import torch
 from deft_med import bundle
 from deft_med.attribution import attribution, collections
 from deft_med.card import Card, out_of_scope, parse
-from deft_med.errors import ModelError, OutputError, UsageError
+from deft_med.errors import ModelError, OutputError, ResourceError, UsageError
 from deft_med.htransform import HTransform
 from deft_med.network import UNet
 from deft_med.prior import Prior
@@ -109,7 +109,7 @@ def test_saving_is_all_or_nothing(saved: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(ResourceError, match="disk is full"):
         bundle.save(saved.with_name("other"), prior, h, CARD, attribution([ENTRY]))
     assert [p.name for p in saved.parent.iterdir()] == ["small"]
 

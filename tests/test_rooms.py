@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     # models on disk
     "card": {"errors", "config", "volume", "operators"},
     "attribution": {"card", "errors"},
-    "bundle": {"errors", "network", "prior", "htransform", "schedule", "intensity", "dialects", "volume", "card", "attribution"},
+    "bundle": {"publish", "errors", "network", "prior", "htransform", "schedule", "intensity", "dialects", "volume", "card", "attribution"},
     "dialects": {"errors", "network", "prior", "schedule", "intensity", "dialects"},
     # the loop and the pages
     "fit": INFERENCE | {"metrics", "config"},
