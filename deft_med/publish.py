@@ -12,6 +12,7 @@ from pathlib import Path
 from deft_med.errors import OutputError, ResourceError
 
 RECORD = "run.json"  # what tells a folder that a run made
+_open: set[Path] = set()  # temporary folders of this process
 
 
 def check_target(target: Path, overwrite: bool, record: str = RECORD) -> None:
@@ -52,6 +53,7 @@ def published(target: Path, overwrite: bool = False, record: str = RECORD) -> It
     target = target.absolute()
     beside = target.with_name(f".{target.name}.part-{uuid.uuid4().hex[:12]}")
     try:
+        _open.add(beside)
         beside.mkdir(parents=True)
         yield beside
         if target.exists():
@@ -70,6 +72,13 @@ def published(target: Path, overwrite: bool = False, record: str = RECORD) -> It
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        _open.discard(beside)
+
+
+def abandon() -> None:
+    """Remove what is half-written: for a process that is told to end now."""
+    for folder in tuple(_open):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_record(folder: Path, record: dict) -> None:

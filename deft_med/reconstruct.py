@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.version:
         print(f"deft_med {__version__}")
         return 0
-    signal.signal(signal.SIGTERM, _terminated)
+    before = {number: signal.signal(number, _stopped) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         run(arguments)
         return 0
@@ -53,21 +53,20 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except MemoryError:
         return _fail("out of memory: give fewer slices, or a smaller protocol grid", 6)
-    except KeyboardInterrupt:
-        return _fail("interrupted: nothing was written", 130)
-    except _Terminated:
-        return _fail("terminated: nothing was written", 143)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class _Terminated(BaseException):
-    pass
-
-
-def _terminated(*_: object) -> None:
-    raise _Terminated
+def _stopped(number: int, _: object) -> None:
+    """End at once, leaving nothing: an exception could be swallowed by whatever library is at work."""
+    if "deft_med.publish" in sys.modules:
+        sys.modules["deft_med.publish"].abandon()
+    os.write(2, f"deft_med: error: {'interrupted' if number == signal.SIGINT else 'terminated'}: nothing was written\n".encode())
+    os._exit(128 + number)
 
 
 def _fail(message: str, code: int) -> int:

@@ -121,11 +121,12 @@ def test_nothing_is_left_when_publishing_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wait", [1.0, 4.0, 12.0])  # among the imports, at the simulation, among the samples
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_nothing(number: int, code: int, tmp_path: Path) -> None:
+def test_a_signal_leaves_nothing(number: int, code: int, wait: float, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "deft_med.reconstruct", "--example", "ct", "--samples", "50", "--out", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.getcwd()})
-    time.sleep(12)
+    time.sleep(wait)
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
     assert process.returncode == code and b"nothing was written" in error
