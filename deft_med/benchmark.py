@@ -121,7 +121,14 @@ class Bench:
 
     def settings(self, method: str) -> dict:
         """What a number depends on beside scan and method: rows of other settings are not reused."""
-        if not method.startswith("deft"):
+        name, _, detail = method.partition(":")
+        if name == "supervised":
+            import hashlib
+            from pathlib import Path
+
+            weights = Path(detail) / "best.safetensors"
+            return {"model": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None}
+        if not name.startswith("deft"):
             return {}
         card = self._model().card
         return {"model": card.sha256, "steps": self.arguments.steps, "sampling": dataclasses.asdict(card.sampling)}
@@ -151,13 +158,11 @@ class Bench:
 
     def _run(self, method: str, likelihood, kept: dict):
         from deft_med.pipeline import TV_WEIGHT, draw_posterior, total_variation
-        from operators.analytic import FilteredBackprojection
 
         name, _, detail = method.partition(":")
         if name == "fbp":
             window, _, cutoff = (detail or "hann").partition(":")
-            inverse = FilteredBackprojection(likelihood.forward.operator, window=window, cutoff=float(cutoff or 1))
-            return likelihood.inverted_by(inverse).fbp(), {}
+            return self._filtered(likelihood, window, float(cutoff or 1)).fbp(), {}
         if name == "tv":
             image, record = total_variation(likelihood, likelihood.fbp(), float(detail or TV_WEIGHT))
             return image, {"converged": record.converged, "gap": float(record.gap.max()), "iterations": record.iterations}
@@ -187,10 +192,10 @@ class Bench:
                                                "cpu_seconds": count * each[1], **spread}
 
     @staticmethod
-    def _filtered(likelihood, window: str):
+    def _filtered(likelihood, window: str, cutoff: float = 1.0):
         from operators.analytic import FilteredBackprojection
 
-        return likelihood.inverted_by(FilteredBackprojection(likelihood.forward.operator, window=window))
+        return likelihood.inverted_by(FilteredBackprojection(likelihood.forward.operator, window=window, cutoff=cutoff))
 
     def _most(self, name: str) -> int:
         counts = [m.partition(":")[2] for m in self.arguments.methods.split(",") if m.partition(":")[0].strip() == name]

@@ -1,15 +1,11 @@
 """Methods without training: short functions that turn a denoiser and a likelihood into a posterior denoiser."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from deft_med.likelihood import Gaussian
-from deft_med.schedule import per_item
+from deft_med.schedule import Denoiser, per_item
 from operators.linear import LinearOperator
 from operators.solve import cg
-
-Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 def spread(sigma: Tensor, sd: float) -> Tensor:

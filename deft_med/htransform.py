@@ -13,17 +13,13 @@ equation 12 of the paper with the filtered residual in place of the likelihood's
 epsilon form: eps_h = -(net + w g). No gradient passes through the prior, in training or in sampling.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from deft_med.likelihood import Gaussian
 from deft_med.network import Embedding
 from deft_med.prior import Prior, scalings
-from deft_med.schedule import per_item
-
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+from deft_med.schedule import Denoiser, per_item
 
 
 class Weight(nn.Module):

@@ -1,6 +1,7 @@
 """What the measurements say about an image: p(y | u), its score, and the residual in image units that DEFT is fed."""
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
@@ -25,9 +26,12 @@ class Gaussian:
     def __init__(self, forward: Affine, y: Tensor, sigma: Tensor, inverse: LinearOperator, *, s_img: Tensor | None = None) -> None:
         self.forward, self.y, self.inverse = forward, y, inverse
         self.sigma = sigma.expand_as(y)
-        self.s_img = self._propagated() if s_img is None else s_img
+        if s_img is not None:
+            self.s_img = s_img
 
-    def _propagated(self) -> Tensor:
+    @cached_property
+    def s_img(self) -> Tensor:
+        """Propagated noise (B,), computed when first asked for."""
         shape = (1, *self.y.shape[1:])
         noise = torch.randn(shape, generator=Generator().manual_seed(0), dtype=self.y.dtype).to(self.y)
         picture = self.inverse(self.sigma * noise) / self.forward.a
@@ -56,7 +60,8 @@ class Gaussian:
 
     def fbp(self) -> Tensor:
         """B y as an image in u: the classical reconstruction with the filter that the networks are fed."""
-        return self.residual(torch.zeros_like(self.inverse(self.y)))
+        batch = self.y.shape[: self.y.ndim - len(self.inverse.domain_shape)]
+        return self.residual(self.y.new_zeros((*batch, *self.inverse.range_shape)))
 
     def inverted_by(self, inverse: LinearOperator) -> "Gaussian":
         """The same measurements with another approximate inverse."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,12 +13,11 @@ from deft_med import metrics
 from deft_med.bundle import Model
 from deft_med.errors import UsageError
 from deft_med.guidance import dds
-from deft_med.htransform import Denoiser
 from deft_med.intensity import Window
 from deft_med.likelihood import Gaussian
 from deft_med.network import use_half
 from deft_med.sample import dpm, start
-from deft_med.schedule import sigmas
+from deft_med.schedule import Denoiser, sigmas
 from deft_med.simulate import slice_generator
 from deft_med.volume import Scan, Volume
 from operators.analytic import FilteredBackprojection
@@ -56,7 +55,7 @@ class Reconstruction:
     provenance: dict
     simulated: bool
     title: str = ""
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
 
 def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft", estimate: str = "average", steps: int = STEPS,
@@ -66,7 +65,7 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
 
     Args:
         scan: measurements with geometry, grid and noise (estimated from the data where it is None).
-        model: prior and h-transform, from ``bundle.load``; only method 'deft' needs one.
+        model: prior and h-transform, from ``bundle.load_model``; only method 'deft' needs one.
         method: 'deft', 'fbp' or 'tv'.
         estimate: 'average' of ``samples`` posterior samples, posterior 'mean' in one evaluation, or one 'sample'.
         steps: denoiser evaluations per sample, the first of which (the posterior mean) all samples of a slice share.

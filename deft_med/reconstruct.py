@@ -8,7 +8,6 @@ import argparse
 import os
 import signal
 import sys
-import warnings
 from typing import Any
 
 
@@ -110,9 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
     from deft_med.pipeline import SAMPLES, STEPS, reconstruct
     from deft_med.simulate import simulate
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        scan = source.scan or simulate(source.volume, protocol, seed=arguments.seed)  # type: ignore[arg-type]
+    scan = source.scan or simulate(source.volume, protocol, seed=arguments.seed)  # type: ignore[arg-type]
     model, flags = None, []
     if arguments.method == "deft":
         model = bundle.load_model(arguments.model)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+from deft_med.schedule import Denoiser
+
 Callback = Callable[[int, Tensor], None]
 
 

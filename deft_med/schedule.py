@@ -4,11 +4,13 @@ Every image at noise level sigma is ``x = x0 + sigma n`` (the EDM frame, Karras 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
 
 SIGMA_MIN, SIGMA_MAX = 0.01, 80.0
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, [z,] y, x), sigma (B,)) -> x0hat: the joint of the building
 
 
 def per_item(sigma: Tensor, x: Tensor) -> Tensor:

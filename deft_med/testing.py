@@ -4,20 +4,17 @@ It needs no weights and no data, and finds the errors that no PSNR shows: a fact
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
 
 from deft_med.intensity import Affine
 from deft_med.likelihood import Gaussian
-from deft_med.schedule import per_item
+from deft_med.schedule import Denoiser, per_item
 from operators.analytic import FilteredBackprojection
 from operators.ct import RayTransform
 from operators.geometry import Grid, ParallelBeam, uniform_angles
 from operators.linear import LinearOperator
-
-Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 class Laboratory:
