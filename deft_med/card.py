@@ -17,6 +17,7 @@ from .errors import ModelError, UsageError
 from .volume import Scan
 
 WEIGHTS = ("prior.safetensors", "h.safetensors")
+GUESSED = 0.5  # the same for a noise level that was estimated
 SLACK = 0.02  # by how much, relatively, a scan may leave a range: lengths and noise levels are rounded on the way
 
 
@@ -165,8 +166,11 @@ def parse(content: Mapping[str, Any] | str | bytes) -> Card:
 # ----------------------------------------------------------------------------------------------------------- does it fit this scan?
 
 
-def check(card: Card, scan: Scan, *, modality: str = "CT", anatomy: str | None = None) -> list[str]:
-    """What lies outside the card's scope in a scan: one sentence each, nothing when all is well. Unknown noise is not judged."""
+def check(card: Card, scan: Scan, *, modality: str = "CT", anatomy: str | None = None, estimated: bool = False) -> list[str]:
+    """What lies outside the card's scope in a scan: one sentence each, nothing when all is well.
+
+    Unknown noise is not judged, ``estimated`` noise with a slack of one half.
+    """
     (ny, nx), (dy, dx) = scan.grid.shape, scan.grid.spacing
     angles = np.sort(np.asarray(scan.acquisition.angles))
     views = len(angles)
@@ -175,18 +179,19 @@ def check(card: Card, scan: Scan, *, modality: str = "CT", anatomy: str | None =
     percent = photons = None
     if scan.noise is not None:
         noise = np.broadcast_to(scan.noise, scan.y.shape)
-        spread = float(noise.max() / noise.min())
+        spread = float(noise.max() / noise.min()) / (1 + GUESSED * estimated)
         if spread < 1.5 or (noise.shape[0] > 1 and np.ptp(noise, axis=(1, 2)).max() == 0):  # one level, or one per slice
             percent = 100 * float(np.mean(noise.mean((1, 2)) / np.maximum(scan.y.mean((1, 2)), 1e-6)))
         else:
             photons = float(np.quantile(np.exp(np.minimum(scan.y, 50)) / noise.astype(np.float64) ** 2, 0.9))  # air: least electronics
     return out_of_scope(card, modality=modality, anatomy=anatomy, pixel_size_mm=(dy, dx), field_of_view_mm=max(ny * dy, nx * dx),
-                        geometry=geometry, views=views, coverage_deg=coverage, gaussian_percent=percent, photons=photons)  # fmt: skip
+                        geometry=geometry, views=views, coverage_deg=coverage, gaussian_percent=percent, photons=photons,
+                        slack=GUESSED if estimated else SLACK)  # fmt: skip
 
 
 def out_of_scope(card: Card, *, modality: str, pixel_size_mm: tuple[float, float], field_of_view_mm: float, anatomy: str | None = None,
                  geometry: str | None = None, views: int | None = None, coverage_deg: float | None = None,
-                 gaussian_percent: float | None = None, photons: float | None = None) -> list[str]:  # fmt: skip
+                 gaussian_percent: float | None = None, photons: float | None = None, slack: float = SLACK) -> list[str]:  # fmt: skip
     """The same from numbers: None is not judged. Of the card's protocols the one with the fewest objections speaks."""
     found = []
     if modality != card.modality:
@@ -206,13 +211,13 @@ def out_of_scope(card: Card, *, modality: str, pixel_size_mm: tuple[float, float
         for what, level, allowed, unit in (("noise", gaussian_percent, one.gaussian_percent, "% of the mean line integral"),
                                            ("dose", photons, one.photons, "photons per ray")):  # fmt: skip
             if level is not None:
-                these += _outside(what, level, allowed, unit) if allowed else [f"{what} of this kind: the model was not trained on it"]
+                these += _outside(what, level, allowed, unit, slack) if allowed else [f"{what} of this kind: the model was not trained on it"]
         objections.append(these)
     return found + (min(objections, key=len) if objections else [])
 
 
-def _outside(what: str, value: float | None, allowed: tuple[float, float], unit: str) -> list[str]:
+def _outside(what: str, value: float | None, allowed: tuple[float, float], unit: str, slack: float = SLACK) -> list[str]:
     low, high = allowed
-    if value is None or low * (1 - SLACK) <= value <= high * (1 + SLACK):
+    if value is None or low * (1 - slack) <= value <= high * (1 + slack):
         return []
     return [f"{what} {value:.3g} {unit}".rstrip() + f": the model was trained on {low:g} to {high:g} {unit}".rstrip()]

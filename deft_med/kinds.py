@@ -22,10 +22,11 @@ from deft_med.likelihood import Gaussian
 from deft_med.network import UNet
 from deft_med.prior import Prior, denoising_loss
 from deft_med.schedule import draw, draw_vp, perturb
-from deft_med.simulate import measured_by, with_noise
+from deft_med.simulate import measured_by, unresolved, with_noise
 from operators.analytic import FilteredBackprojection
 from operators.ct import RayTransform
 from operators.geometry import Grid, ParallelBeam, uniform_angles
+from operators.noise import gaussian
 
 KINDS = ("prior", "htransform", "supervised", "conditional")
 WHOLE = 256  # matrix of a whole image; training may also see it at half that
@@ -78,6 +79,7 @@ class Training:
     augmentation: Augmentation = field(default_factory=Augmentation)
     acquisitions: Acquisitions = field(default_factory=Acquisitions)
     prior: str | None = None  # folder of the prior's training, for kind htransform
+    start: str | None = None  # folder of a training of the same network whose weights this one goes on from
     loss: str = "edm"  # or epsilon: the paper's uniform t and unweighted eps
     noisy: float = 0.0  # share of draws moved to the last decade of sigma
     sd: float = 0.5
@@ -126,8 +128,10 @@ class Measurements:
         pixel = pixel[:, None, None, None].to(u)
         lines = self.window.fold(simulator, pixel)(u)
         measured = [with_noise(line, noise, generator) for line, noise in zip(lines, noises, strict=True)]
-        sigma = torch.stack([s.expand_as(y) for y, s in measured])
-        return Gaussian(self.window.fold(solver, pixel), torch.stack([y for y, _ in measured]), sigma, inverse)
+        y, sigma = torch.stack([y for y, _ in measured]), torch.stack([s.expand_as(y) for y, s in measured])
+        beyond = unresolved(torch.zeros_like(pixel), pixel)  # what a source finer than the training image would have added
+        y = gaussian(y, beyond.expand_as(y), generator=generator)
+        return Gaussian(self.window.fold(solver, pixel), y, unresolved(sigma, pixel), inverse)
 
     def draw(self, u: Tensor, pixel: Tensor, generator: Generator) -> Gaussian:
         r = torch.rand(2 + 2 * len(u), generator=generator, dtype=torch.float64).tolist()
@@ -159,7 +163,7 @@ Validate = Callable[[], dict[str, float]]
 def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None = None) -> tuple[nn.Module, Objective, Validate]:
     """The module to train, its objective and its validation, ready for ``fit``."""
     torch.manual_seed(config.recipe.seed)
-    model = bare(config)
+    model = bare(config) if config.start is None else _started(config)
     measurements: dict[int, Measurements] = {}
 
     def images(generator: Generator, stage: Stage) -> tuple[Tensor, Tensor]:
@@ -239,6 +243,14 @@ def _validation(estimate: Callable[[Tensor, Tensor, Gaussian | None], Tensor], t
         return errors | {"score": sum(map(math.log, errors.values())) / len(errors)}
 
     return validate
+
+
+def _started(config: Training) -> nn.Module:
+    """The module with the weights of an earlier training; UsageError when that was another network."""
+    earlier, module = trained(str(config.start))
+    if (earlier.kind, earlier.network) != (config.kind, config.network):
+        raise UsageError(f"start names a training of kind {earlier.kind} with {earlier.network}: this one is {config.kind}, {config.network}")
+    return module.train()
 
 
 def trained(folder: str | Path) -> tuple[Training, Any]:

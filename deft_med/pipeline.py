@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from deft_med.likelihood import Gaussian
 from deft_med.network import use_half
 from deft_med.sample import dpm, start
 from deft_med.schedule import Denoiser, sigmas
-from deft_med.simulate import slice_generator
+from deft_med.simulate import slice_generator, unresolved
 from deft_med.volume import Scan, Volume
 from operators.analytic import FilteredBackprojection
 from operators.ct import encode
@@ -111,7 +111,7 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
             measured = {method: metrics.ct_metrics(volume.data, scan.reference.data),
                         "fbp": metrics.ct_metrics(baseline.data, scan.reference.data)}
     if scan.noise is None:
-        warnings += ("the noise level was estimated from the data, as one white level per slice: transmission noise is not white",)
+        warnings += ("the noise level was estimated from the data",)
     provenance = {"method": method, "estimate": estimate, "steps": steps if method == "deft" else None, "samples": count, "seed": seed,
                   "device": place.type, "protocol": scan.protocol, "noise": "estimated" if scan.noise is None else "given"}
     return Reconstruction(
@@ -168,11 +168,17 @@ def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, sa
 
 
 def likelihood_of(scan: Scan, window: Window, device: str | torch.device = "cpu", *, filter: str = BASELINE) -> Gaussian:
-    """The likelihood of a scan's images in u; its noise is estimated from the data where the scan does not know it."""
-    y = torch.from_numpy(scan.y)[:, None]
-    noise = estimate_noise(y) if scan.noise is None else torch.from_numpy(np.broadcast_to(scan.noise, scan.y.shape).copy())[:, None]
+    """The likelihood of a scan's images in u: its noise, and what its grid cannot resolve of the line integrals."""
+    scan = with_known_noise(scan)
+    y, noise = (torch.from_numpy(np.broadcast_to(values, scan.y.shape).copy())[:, None].to(device) for values in (scan.y, scan.noise))
     operator = encode(scan.grid, scan.acquisition, device)
-    return Gaussian(window.fold(operator), y.to(device), noise.to(device), FilteredBackprojection(operator, window=filter))
+    sigma = unresolved(noise, max(scan.grid.spacing))
+    return Gaussian(window.fold(operator), y, sigma, FilteredBackprojection(operator, window=filter))
+
+
+def with_known_noise(scan: Scan) -> Scan:
+    """The scan itself or, where it does not know its noise, the same with an estimate from its data."""
+    return scan if scan.noise is not None else replace(scan, noise=estimate_noise(torch.from_numpy(scan.y)).numpy())
 
 
 def _volume(values: Tensor, scan: Scan) -> Volume:

@@ -106,14 +106,14 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"{source.describe()}: measurements")
 
     from deft_med import bundle
-    from deft_med.pipeline import SAMPLES, STEPS, reconstruct
+    from deft_med.pipeline import SAMPLES, STEPS, reconstruct, with_known_noise
     from deft_med.simulate import simulate
 
     scan = source.scan or simulate(source.volume, protocol, seed=arguments.seed)  # type: ignore[arg-type]
     model, flags = None, []
     if arguments.method == "deft":
         model = bundle.load_model(arguments.model)
-        flags = bundle.check(model.card, scan)
+        flags = bundle.check(model.card, with_known_noise(scan), estimated=scan.noise is None)
         if flags and not arguments.out_of_scope_ok:
             from deft_med.errors import ModelError
 

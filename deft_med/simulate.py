@@ -16,6 +16,17 @@ from operators.geometry import FanBeam, Grid, ParallelBeam
 from operators.noise import gaussian, transmission
 
 SUBRAYS, SPLIT, CHUNK = 3, 2, 32
+UNRESOLVED = 0.0045  # line integral per mm of pixel: 0.0030 ... 0.0089 over ten subjects at 1.2 to 2 mm, rays through the body
+
+
+def unresolved(sigma: Tensor, pixel: float | Tensor) -> Tensor:
+    """Deviation of the measurements about what an image on the grid can say: sqrt(sigma^2 + tau^2), pixel in mm.
+
+    tau = UNRESOLVED pixel is the root mean square difference between strip integrals of a 512 x 512 source and Joseph's ray through
+    its area mean on 256 x 256. Beside 3.5 % noise it is nothing; at 1e5 photons it is half of sigma, and without it a likelihood
+    demands more of the image than the grid can give.
+    """
+    return (sigma.square() + (UNRESOLVED * pixel) ** 2).sqrt()
 
 
 def measured_by(grid: Grid, beam: ParallelBeam | FanBeam, *, fine: bool = False) -> RayTransform:
