@@ -19,7 +19,7 @@ class Supervised(nn.Module):
         self.network = network
 
     def forward(self, likelihood: Gaussian) -> Tensor:
-        fbp = likelihood.fbp()
+        fbp = likelihood.direct()
         ratio = torch.full_like(likelihood.s_img, likelihood.log_ratio)
         return fbp + self.network(fbp, torch.stack([likelihood.s_img.log(), ratio], 1))
 
@@ -38,4 +38,4 @@ class Conditional(nn.Module):
         skip, out, inp = scalings(per_item(sigma, x), self.sd)
         ratio = torch.full_like(likelihood.s_img, likelihood.log_ratio)
         scalars = torch.stack([sigma.log(), likelihood.s_img.log(), ratio], 1)
-        return skip * x + out * self.network(torch.cat([inp * x, likelihood.fbp()], 1), scalars)
+        return skip * x + out * self.network(torch.cat([inp * x, likelihood.direct()], 1), scalars)

@@ -145,7 +145,7 @@ class Bench:
         window = Window()
         with torch.no_grad():
             likelihood = likelihood_of(scan, window)
-            likelihood.fbp()  # the ray matrix is built outside the clock
+            likelihood.direct()  # the ray matrix is built outside the clock
             kept: dict = {}
             for method in methods:
                 wall, cpu = time.perf_counter(), time.process_time()
@@ -162,9 +162,9 @@ class Bench:
         name, _, detail = method.partition(":")
         if name == "fbp":
             window, _, cutoff = (detail or "hann").partition(":")
-            return self._filtered(likelihood, window, float(cutoff or 1)).fbp(), {}
+            return self._filtered(likelihood, window, float(cutoff or 1)).direct(), {}
         if name == "tv":
-            image, record = total_variation(likelihood, likelihood.fbp(), float(detail or TV_WEIGHT))
+            image, record = total_variation(likelihood, likelihood.direct(), float(detail or TV_WEIGHT))
             return image, {"converged": record.converged, "gap": float(record.gap.max()), "iterations": record.iterations}
         if name == "supervised":
             config, module = self._supervised(detail)

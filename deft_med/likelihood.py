@@ -8,39 +8,45 @@ from torch import Generator, Tensor
 
 from deft_med.intensity import Affine
 from operators.linear import LinearOperator
+from operators.noise import gaussian
 
 
 class Gaussian:
-    """y = A u + sigma n: Gaussian measurements with a known standard deviation per real component.
+    """y = A u + sigma n: Gaussian measurements, real or complex, with a known standard deviation per real component.
 
     Args:
-        forward: the affine operator u (B, C, y, x) -> (B, C, views, detectors).
-        y: measurements.
-        sigma: noise deviation, broadcastable to y: one per slice (B, 1, 1, 1) or one per ray.
-        inverse: B, the acquisition's approximate inverse for ``forward.operator`` (FBP for CT).
+        forward: the affine operator from images u (B, C, y, x) to measurements (B, ...).
+        y: measurements; of complex ones, those that were not made are zero.
+        sigma: noise deviation, broadcastable to y: one per slice or one per measurement.
+        inverse: B, the acquisition's approximate inverse for ``forward.operator`` (FBP for CT, A^H W for MRI).
+        count: M, real measurements per item; by default all of y.
+        ratio: what networks are told of M / N, measurements over pixels; by default just that.
 
     ``s_img`` (B,): the root mean square over pixels of B applied to one fixed draw of the noise, in units of u. It says how noisy
     a measurement is in the picture, whatever the modality, dose or number of views.
     """
 
-    def __init__(self, forward: Affine, y: Tensor, sigma: Tensor, inverse: LinearOperator, *, s_img: Tensor | None = None) -> None:
+    def __init__(self, forward: Affine, y: Tensor, sigma: Tensor, inverse: LinearOperator, *, count: int | None = None,
+                 ratio: float | None = None, s_img: Tensor | None = None) -> None:
         self.forward, self.y, self.inverse = forward, y, inverse
         self.sigma = sigma.expand_as(y)
+        self.count = (2 if y.is_complex() else 1) * math.prod(y.shape[1:]) if count is None else count
+        self.ratio = self.count / math.prod(inverse.range_shape) if ratio is None else ratio
         if s_img is not None:
             self.s_img = s_img
 
     @cached_property
     def s_img(self) -> Tensor:
         """Propagated noise (B,), computed when first asked for."""
-        shape = (1, *self.y.shape[1:])
-        noise = torch.randn(shape, generator=Generator().manual_seed(0), dtype=self.y.dtype).to(self.y)
+        blank = torch.zeros((1, *self.y.shape[1:]), dtype=self.y.dtype)
+        noise = gaussian(blank, 1.0, generator=Generator().manual_seed(0)).to(self.y)
         picture = self.inverse(self.sigma * noise) / self.forward.a
         return picture.square().flatten(1).mean(1).sqrt().expand(len(self.y))
 
     @property
     def log_ratio(self) -> float:
         """ln(M / N): measurements over pixels."""
-        return math.log(math.prod(self.inverse.domain_shape) / math.prod(self.inverse.range_shape))
+        return math.log(self.ratio)
 
     def residual(self, u: Tensor) -> Tensor:
         """g = B(y - A u), in the units of u: what the data would still change in the image."""
@@ -50,23 +56,28 @@ class Gaussian:
         """grad_u ln p(y | u) = A^H (y - A u) / sigma^2."""
         return self.forward.adjoint((self.y - self.forward(u)) / self.sigma**2)
 
+    def misfit(self, u: Tensor) -> Tensor:
+        """|W^1/2 (y - A u)|^2 per item (B,), with W = 1 / sigma^2."""
+        return ((self.y - self.forward(u)).abs() / self.sigma).square().flatten(1).sum(1)
+
     def log_prob(self, u: Tensor) -> Tensor:
         """ln p(y | u) without its constant, (B,)."""
-        return -0.5 * ((self.y - self.forward(u)) / self.sigma).square().flatten(1).sum(1)
+        return -0.5 * self.misfit(u)
 
     def chi2(self, u: Tensor) -> Tensor:
-        """|W^1/2 (y - A u)|^2 / M per item (B,): 1 +- sqrt(2 / M) for the truth and for a posterior sample."""
-        return ((self.y - self.forward(u)) / self.sigma).square().flatten(1).mean(1)
+        """The misfit over M per item (B,): 1 +- sqrt(2 / M) for the truth and for a posterior sample."""
+        return self.misfit(u) / self.count
 
-    def fbp(self) -> Tensor:
+    def direct(self) -> Tensor:
         """B y as an image in u: the classical reconstruction with the filter that the networks are fed."""
         batch = self.y.shape[: self.y.ndim - len(self.inverse.domain_shape)]
-        return self.residual(self.y.new_zeros((*batch, *self.inverse.range_shape)))
+        return self.residual(torch.zeros((*batch, *self.inverse.range_shape), dtype=self.sigma.dtype, device=self.y.device))
 
     def inverted_by(self, inverse: LinearOperator) -> "Gaussian":
         """The same measurements with another approximate inverse."""
-        return Gaussian(self.forward, self.y, self.sigma, inverse)
+        return Gaussian(self.forward, self.y, self.sigma, inverse, count=self.count, ratio=self.ratio)
 
     def take(self, index: Tensor) -> "Gaussian":
         """The likelihood of other items of the batch: repeated ones for several samples of a slice."""
-        return Gaussian(self.forward.take(index), self.y[index], self.sigma[index], self.inverse, s_img=self.s_img[index])
+        return Gaussian(self.forward.take(index), self.y[index], self.sigma[index], self.inverse, count=self.count, ratio=self.ratio,
+                        s_img=self.s_img[index])

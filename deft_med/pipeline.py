@@ -81,7 +81,7 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
     with clock("operator"), torch.no_grad():
         likelihood = likelihood_of(scan, window, place, filter=BASELINE if model is None else model.filter)
     with clock("fbp"), torch.no_grad():
-        fbp = likelihood.inverted_by(FilteredBackprojection(likelihood.forward.operator, window=BASELINE)).fbp()
+        fbp = likelihood.inverted_by(FilteredBackprojection(likelihood.forward.operator, window=BASELINE)).direct()
     warnings: tuple[str, ...] = ()
     count = samples if method == "deft" and estimate == "average" else 1
     with clock(method), torch.no_grad():
