@@ -1,23 +1,28 @@
-"""Filtered backprojection for parallel and fan beams: full, short and limited scans, any angles, as one linear operator.
+"""Approximate inverses, one linear operator each: filtered backprojection for CT, the density-compensated adjoint for MRI.
 
-Ramp filter and fan weights: Kak and Slaney, "Principles of Computerized Tomographic Imaging", 1988, sections 3.3 and 3.4. Short scan:
-Parker, "Optimal short scan convolution reconstruction for fan beam CT", Med. Phys. 9(2), 1982, in our orientation of the detector.
+Filtered backprojection is for parallel and fan beams: full, short and limited scans, any angles. Ramp filter and fan weights: Kak and
+Slaney, "Principles of Computerized Tomographic Imaging", 1988, sections 3.3 and 3.4. Short scan: Parker, "Optimal short
+scan convolution reconstruction for fan beam CT", Med. Phys. 9(2), 1982, in our orientation of the detector.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from scipy.spatial import ConvexHull, QhullError, Voronoi, cKDTree
 from torch import Tensor
 
 from operators import _sparse
 from operators._sparse import Chunk
+from operators.coils import calibration_region
 from operators.ct import RayTransform
-from operators.geometry import Array, Beam, FanBeam, Grid, ParallelBeam
+from operators.geometry import Array, Beam, FanBeam, Grid, ParallelBeam, Trajectory
 from operators.linear import LinearOperator
+from operators.mri import CartesianMRI, NonCartesianMRI
 
 # Response at a fraction of the cut-off frequency; the ramp itself comes on top.
 WINDOWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -252,3 +257,103 @@ def backprojection_chunks(grid: Grid, beam: Beam) -> Iterator[Chunk]:
         keep = (bins >= 0) & (bins < beam.detectors) & (weights > 0)
         columns = (start[:, None] + bins).astype(np.int32)
         yield np.count_nonzero(keep, axis=(1, 2)), columns[keep], weights[keep]
+
+
+class WeightedAdjoint(LinearOperator):
+    """A.H W of an MRI operator, (*batch, C, ...) -> (*batch, ny, nx): zero-filled or gridded, at the image's own brightness.
+
+    On the grid W is 1 in the fully sampled centre and points / samples outside it, so that the mean diagonal of B A is 1 over the maps'
+    support and a smooth image comes back at its value. Off it W is `density`, and the mean diagonal is the part of the k-space plane
+    that the trajectory reaches (pi / 4 for a full disk, whose corners no sample sees). Maps may have any sum of squares.
+
+    Args:
+        operator: a `CartesianMRI` or a `NonCartesianMRI`; for two real channels compose, `Complex(shape).H @ WeightedAdjoint(A)`.
+
+    Raises:
+        TypeError: another operator.
+        ValueError: coil maps that are zero everywhere, or a trajectory on one line.
+    """
+
+    def __init__(self, operator: CartesianMRI | NonCartesianMRI) -> None:
+        if not isinstance(operator, CartesianMRI | NonCartesianMRI):
+            raise TypeError(f"the weighted adjoint needs a CartesianMRI or a NonCartesianMRI, got {type(operator).__name__}")
+        super().__init__(operator.range_shape, operator.domain_shape, operator.range_dtype, operator.domain_dtype)
+        self.batch_shape = operator.batch_shape
+        self.operator = operator
+        power = operator.maps.abs().double().square().sum(dim=-3)
+        if not power.flatten(-2).any(dim=-1).all():
+            raise ValueError("the coil maps are zero everywhere")
+        support = power > 1e-3 * power.amax(dim=(-2, -1), keepdim=True)
+        scale = support.sum(dim=(-2, -1), keepdim=True) / (power * support).sum(dim=(-2, -1), keepdim=True)
+        if isinstance(operator, CartesianMRI):
+            weights = _spread(operator.mask)
+        else:
+            weights = torch.tensor(density(operator.trajectory))
+        self.register_buffer("_scale", scale, persistent=False)
+        self.register_buffer("_weights", weights.to(scale.device), persistent=False)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        real = x.real.dtype
+        return self.operator._adjoint(x * self._weights.to(real)) * self._scale.to(real)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        real = y.real.dtype
+        return self.operator._forward(y * self._scale.to(real)) * self._weights.to(real)
+
+
+def _spread(mask: Tensor) -> Tensor:
+    """Points of the grid that each sample of a mask (*batch, ny, nx) stands for: 1 in the full centre, the same outside it."""
+    weights = []
+    for one in mask.flatten(end_dim=-3) if mask.ndim > 2 else mask[None]:
+        centre = torch.zeros_like(one)
+        if one[one.shape[0] // 2, one.shape[1] // 2]:
+            centre[calibration_region(one)] = True
+        outside = int((one & ~centre).sum())
+        weights.append(torch.where(centre, 1.0, int((~centre).sum()) / max(1, outside)).double())
+    return torch.stack(weights).reshape(mask.shape)
+
+
+@functools.lru_cache(maxsize=8)
+def density(trajectory: Trajectory) -> Array:
+    """Area of k-space that each sample stands for, in cells of the Cartesian grid, float64 (samples,).
+
+    Voronoi cells; coinciding samples share theirs, and a cell that leaves the region sampled takes the area of the nearest that does
+    not. It is the ramp of a radial scan, full or sparse. Rasche et al., IEEE Trans. Med. Imaging 18(5), 1999.
+
+    Raises:
+        ValueError: the points lie on one line.
+    """
+    points, place, count = np.unique(np.round(trajectory.points.astype(np.float64), 5), axis=0, return_inverse=True, return_counts=True)
+    try:
+        cells, hull = Voronoi(points), ConvexHull(points)
+    except (QhullError, ValueError) as error:
+        raise ValueError(f"the {len(points)} points of the trajectory lie on one line: no sample stands for an area") from error
+    ridges = np.asarray(cells.ridge_vertices)
+    outside = _outside(cells.vertices, hull.equations)
+    leaves = (ridges < 0).any(axis=1) | outside[ridges].any(axis=1)
+    area, closed = np.zeros(len(points)), np.ones(len(points), dtype=bool)
+    for side in cells.ridge_points.T:  # a cell is the triangles between its point and its edges
+        a, b = (cells.vertices[ridges[:, end]] - points[side] for end in (0, 1))
+        np.add.at(area, side, np.abs(a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]) / 2)
+        closed[side[leaves]] = False
+    if not closed.any():  # a handful of points: equal parts of the region
+        area[:] = hull.volume / len(points)
+    else:
+        area[~closed] = area[closed][cKDTree(points[closed]).query(points[~closed])[1]]
+    result = (area / count)[place.ravel()] * math.prod(trajectory.shape) / (2 * math.pi) ** 2
+    result.flags.writeable = False
+    return result
+
+
+def _outside(points: Array, equations: Array) -> Array:
+    """True for points (n, 2) outside a convex region given by its edges n . x + b <= 0, (edges, 3)."""
+    result = np.linalg.norm(points, axis=1) > -equations[:, 2].max()  # the rest lies within the inscribed circle
+    doubtful = np.flatnonzero(result)
+    for part in np.array_split(doubtful, 1 + len(doubtful) * len(equations) // 10**7):
+        result[part] = (points[part] @ equations[:, :2].T + equations[:, 2]).max(axis=1) > 1e-9
+    return result
+
+
+def root_sum_of_squares(images: Tensor) -> Tensor:
+    """sqrt(sum_c |images_c|^2), (*batch, C, ny, nx) -> (*batch, ny, nx)."""
+    return torch.linalg.vector_norm(images, dim=-3)

@@ -1,4 +1,4 @@
-"""Scanner geometry as frozen values, in mm and rad, and the one place that says where a ray runs.
+"""Scanner geometry as frozen values, in mm and rad: where a ray runs in CT, where k-space is sampled in MRI.
 
 The formulas are those of ODL's `Parallel2dGeometry` and `FanBeamGeometry`; `operators.odl_bridge` converts both ways and a test
 holds the two equal to 1e-12. They are carried here because importing ODL takes seconds and changes global settings, which a command
@@ -162,6 +162,121 @@ class FanBeam:
 
 
 Beam = ParallelBeam | FanBeam
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cartesian:
+    """The points of a Cartesian k-space that are sampled; the zero frequency stands at (ny // 2, nx // 2).
+
+    Attributes:
+        shape: (ky rows ny, kx columns nx), the image's pixels too.
+        sampled: the mask row after row, eight points to a byte (`numpy.packbits`), as hexadecimal digits; see `of`.
+
+    Raises:
+        ValueError: not hexadecimal, a length that is not the shape's, or no point sampled.
+    """
+
+    shape: tuple[int, int]
+    sampled: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(_count("Cartesian.shape", n) for n in _pair("Cartesian.shape", self.shape)))
+        held, wanted = len(_bytes("Cartesian.sampled", self.sampled)), -(-self.shape[0] * self.shape[1] // 8)
+        if held != wanted:
+            raise ValueError(f"Cartesian.sampled must hold {wanted} bytes for the shape {self.shape}, got {held}")
+        if not self.mask.any():
+            raise ValueError(f"Cartesian.sampled is empty: at least one of the {self.shape} points must be sampled")
+        object.__setattr__(self, "sampled", np.packbits(self.mask).tobytes().hex())  # one spelling for one mask
+
+    @classmethod
+    def of(cls, mask: Array) -> Cartesian:
+        """The pattern of a boolean mask (ny, nx).
+
+        Raises:
+            TypeError: not boolean.
+            ValueError: not two axes, or nothing sampled.
+        """
+        mask = np.asarray(mask)
+        if mask.dtype != np.bool_:
+            raise TypeError(f"a sampling mask is boolean, got {mask.dtype}")
+        return cls(shape=_pair("a sampling mask's shape", mask.shape), sampled=np.packbits(mask).tobytes().hex())
+
+    @property
+    def mask(self) -> Array:
+        """True where k-space is sampled, (ny, nx)."""
+        points = self.shape[0] * self.shape[1]
+        return np.unpackbits(np.frombuffer(bytes.fromhex(self.sampled), np.uint8), count=points).astype(bool).reshape(self.shape)
+
+    @property
+    def samples(self) -> int:
+        """Number of sampled points."""
+        return int(self.mask.sum())
+
+    @property
+    def acceleration(self) -> float:
+        """All points over the sampled ones, as achieved; padded columns count as points that were not sampled."""
+        return self.shape[0] * self.shape[1] / self.samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """Points of k-space off the grid, in rad/pixel: a pixel (row, column) turns by k . (row - ny // 2, column - nx // 2).
+
+    Attributes:
+        shape: the image's (rows ny, columns nx).
+        sampled: (ky, kx) point after point as little-endian float32, in hexadecimal digits; see `of`.
+
+    Raises:
+        ValueError: not hexadecimal, no whole number of points, none, not finite, or beyond [-pi, pi].
+    """
+
+    shape: tuple[int, int]
+    sampled: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(_count("Trajectory.shape", n) for n in _pair("Trajectory.shape", self.shape)))
+        held = len(_bytes("Trajectory.sampled", self.sampled))
+        if held == 0 or held % 8:
+            raise ValueError(f"Trajectory.sampled must hold 8 bytes for each of one or more points, got {held}")
+        if not (np.abs(self.points) <= np.float32(np.pi)).all():  # false for NaN too
+            raise ValueError("Trajectory points must be finite and within [-pi, pi] rad/pixel")
+        object.__setattr__(self, "sampled", self.sampled.lower())
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], points: Array) -> Trajectory:
+        """The trajectory through points (samples, 2) as (ky, kx) in rad/pixel, kept in float32.
+
+        Raises:
+            ValueError: not two columns, or out of range.
+        """
+        points = np.asarray(points)
+        if points.ndim != 2 or points.shape[1] != 2:
+            raise ValueError(f"trajectory points must be (samples, 2) as (ky, kx), got {points.shape}")
+        return cls(shape=shape, sampled=points.astype("<f4").tobytes().hex())
+
+    @property
+    def points(self) -> Array:
+        """(ky, kx) in rad/pixel, float32 (samples, 2)."""
+        return np.frombuffer(bytes.fromhex(self.sampled), "<f4").reshape(-1, 2).astype(np.float32)
+
+    @property
+    def samples(self) -> int:
+        """Number of points."""
+        return len(self.sampled) // 16
+
+    @property
+    def acceleration(self) -> float:
+        """Cells of the Cartesian k-space over those that a sample falls into: oversampling along a readout gains nothing."""
+        ny, nx = self.shape
+        row, column = np.rint(self.points.T.astype(np.float64) * [[ny], [nx]] / (2 * np.pi)).astype(np.int64)
+        return ny * nx / np.unique(row % ny * nx + column % nx).size
+
+
+def _bytes(name: str, text) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be hexadecimal digits, got {repr(text)[:20]}") from error
 
 
 def _frame(angles: Iterable[float]) -> tuple[Array, Array]:

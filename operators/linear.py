@@ -48,7 +48,10 @@ class LinearOperator(nn.Module):
     Attributes:
         domain_shape, range_shape: shape of one item, batch axes excluded.
         domain_dtype, range_dtype: float32 or complex64.
+        batch_shape: batch axes next to the item that the operator itself carries, one physics for each of their places; () as a rule.
     """
+
+    batch_shape: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -93,6 +96,12 @@ class LinearOperator(nn.Module):
         items = len(self.domain_shape)
         if x.ndim < items or tuple(x.shape[x.ndim - items :]) != self.domain_shape:
             raise ValueError(f"{self._name()} takes shape (*batch, {_inside(self.domain_shape)}), got {tuple(x.shape)}")
+        carried = len(self.batch_shape)
+        if carried and tuple(x.shape[: x.ndim - items][-carried:]) != self.batch_shape:
+            raise ValueError(
+                f"{self._name()} has its own physics for each of {self.batch_shape} items and takes shape "
+                f"(*batch, {_inside((*self.batch_shape, *self.domain_shape))}), got {tuple(x.shape)}"
+            )
         device = self.device
         if device is not None and x.device != device:
             raise ValueError(f"{self._name()} is on {device}, the tensor is on {x.device}: move one of them with .to()")
@@ -138,7 +147,7 @@ class LinearOperator(nn.Module):
     @torch.no_grad()
     def norm(self, iterations: int = 100, tolerance: float = 1e-6) -> float:
         """Largest singular value, by power iteration on the gram from a positive start (a lower bound that converges)."""
-        x = _draw(self.domain_shape, self.domain_dtype, self.device, seed=0, positive=True)
+        x = _draw((*self.batch_shape, *self.domain_shape), self.domain_dtype, self.device, seed=0, positive=True)
         x /= torch.linalg.vector_norm(x)
         value = 0.0
         for _ in range(iterations):
@@ -160,9 +169,9 @@ class LinearOperator(nn.Module):
         """
         worst = 0.0
         for positive in (True, False):
-            x = _draw(self.domain_shape, self.domain_dtype, self.device, seed, positive)
+            x = _draw((*self.batch_shape, *self.domain_shape), self.domain_dtype, self.device, seed, positive)
             ax = self(x)
-            noise = _draw(self.range_shape, self.range_dtype, self.device, seed + 1, False)
+            noise = _draw(ax.shape, self.range_dtype, self.device, seed + 1, False)
             for y in (ax + 0.1 * ax.abs().mean() * noise, noise):
                 left, right = _vdot(ax, y), _vdot(x, self.H(y))
                 if not (x.is_complex() and y.is_complex()):  # one side real: the spaces are paired by the real part
@@ -178,6 +187,7 @@ class Adjoint(LinearOperator):
 
     def __init__(self, operator: LinearOperator) -> None:
         super().__init__(operator.range_shape, operator.domain_shape, operator.range_dtype, operator.domain_dtype)
+        self.batch_shape = operator.batch_shape
         self.operator = operator
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -204,6 +214,7 @@ class Composition(LinearOperator):
                 f"{right._name()} gives {right.range_shape} {right.range_dtype}"
             )
         super().__init__(right.domain_shape, left.range_shape, right.domain_dtype, left.range_dtype)
+        self.batch_shape = _carried(left, right)
         self.left = left
         self.right = right
 
@@ -212,6 +223,11 @@ class Composition(LinearOperator):
 
     def _adjoint(self, y: Tensor) -> Tensor:
         return self.right._adjoint(self.left._adjoint(y))
+
+    @property
+    def gram(self) -> LinearOperator:
+        """right.H @ left.gram @ right: what the left one knows about its gram is not lost."""
+        return self.right.H @ (self.left.gram @ self.right)
 
 
 class Sum(LinearOperator):
@@ -227,6 +243,7 @@ class Sum(LinearOperator):
                 f"{right._name()} maps {right.domain_shape} to {right.range_shape}, or their dtypes differ"
             )
         super().__init__(left.domain_shape, left.range_shape, left.domain_dtype, left.range_dtype)
+        self.batch_shape = _carried(left, right)
         self.left = left
         self.right = right
 
@@ -244,6 +261,7 @@ class Scaled(LinearOperator):
         if isinstance(factor, complex) and not (operator.domain_dtype.is_complex and operator.range_dtype.is_complex):
             raise ValueError(f"a complex factor needs a complex operator, {operator._name()} has a real side")
         super().__init__(operator.domain_shape, operator.range_shape, operator.domain_dtype, operator.range_dtype)
+        self.batch_shape = operator.batch_shape
         self.operator = operator
         self.factor = factor
 
@@ -253,6 +271,17 @@ class Scaled(LinearOperator):
     def _adjoint(self, y: Tensor) -> Tensor:
         factor = self.factor.conjugate() if isinstance(self.factor, complex) else self.factor
         return factor * self.operator._adjoint(y)
+
+    @property
+    def gram(self) -> LinearOperator:
+        return Scaled(self.operator.gram, abs(self.factor) ** 2)
+
+
+def _carried(left: LinearOperator, right: LinearOperator) -> tuple[int, ...]:
+    """The batch axes that two operators carry together."""
+    if left.batch_shape and right.batch_shape and left.batch_shape != right.batch_shape:
+        raise ValueError(f"{left._name()} carries {left.batch_shape} items, {right._name()} carries {right.batch_shape}")
+    return left.batch_shape or right.batch_shape
 
 
 def _shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -191,7 +191,10 @@ def odl_ray_transform(ray_transform: RayTransform, space: Any = None, geometry: 
 
 
 def as_odl(operator: LinearOperator) -> Any:
-    """An operator as ODL sees it: a ray transform as ODL's own `RayTransform` (images (x, y)-indexed), any other on tensor spaces."""
+    """An operator as ODL sees it: a ray transform as ODL's own `RayTransform` (images (x, y)-indexed), any other on tensor spaces.
+
+    Tensor spaces have plain sums as inner product and our indices, float32 or complex64; nothing is copied on the way.
+    """
     if isinstance(operator, RayTransform):
         return odl_ray_transform(operator)
     return _wrapped(operator)
@@ -206,18 +209,21 @@ def _wrapped(operator: LinearOperator) -> Any:
     base: Any = odl.Operator
 
     class Wrapped(base):
-        def __init__(self, inner: LinearOperator) -> None:
-            super().__init__(space(inner.domain_shape, inner.domain_dtype), space(inner.range_shape, inner.range_dtype), linear=True)
+        def __init__(self, inner: LinearOperator, domain: Any, range: Any) -> None:
+            super().__init__(domain, range, linear=True)
             self.inner = inner
 
         def _call(self, x: Any) -> Any:
-            return _store(self.range.zero(), self.inner(_tensor(x)))
+            given = _view(x)
+            values = self.inner(given).resolve_conj().numpy()
+            return self.range.element(values.copy() if np.may_share_memory(values, given.numpy()) else values)
 
         @property
         def adjoint(self) -> Any:
-            return Wrapped(self.inner.H)
+            return Wrapped(self.inner.H, self.range, self.domain)
 
-    return Wrapped(operator)
+    domain, range = space(operator.domain_shape, operator.domain_dtype), space(operator.range_shape, operator.range_dtype)
+    return Wrapped(operator, domain, range)
 
 
 def from_odl(operator: Any) -> LinearOperator:
@@ -282,6 +288,12 @@ def _weight(space: Any) -> float:
 
 def _tensor(element: Any) -> Tensor:
     return torch.from_numpy(np.array(element.asarray()))
+
+
+def _view(element: Any) -> Tensor:
+    """An element's own memory as a tensor; operators never write into their input."""
+    data = element.data
+    return torch.from_numpy(data) if isinstance(data, np.ndarray) and data.flags.writeable else _tensor(element)
 
 
 def _store(element: Any, values: Tensor) -> Any:

@@ -48,25 +48,26 @@ class _Draw:
         return torch.randn(shape, dtype=dtype, generator=self._generator).to(self._operator.device or "cpu")
 
     def domain(self, *batch: int, double: bool = False) -> Tensor:
-        return self((*batch, *self._operator.domain_shape), self._operator.domain_dtype, double)
+        return self((*batch, *self._operator.batch_shape, *self._operator.domain_shape), self._operator.domain_dtype, double)
 
     def range(self, *batch: int, double: bool = False) -> Tensor:
-        return self((*batch, *self._operator.range_shape), self._operator.range_dtype, double)
+        return self((*batch, *self._operator.batch_shape, *self._operator.range_shape), self._operator.range_dtype, double)
 
 
 def _check_values(operator: LinearOperator, draw: _Draw, double: bool, where: str) -> None:
     near = 1e-10 if double else 2e-5
+    wanted = (*operator.batch_shape, *operator.range_shape)
     x = draw.domain(2, 3, double=double)
     before = x.clone()
     y = operator(x)
     assert torch.equal(x, before), f"{where}: the input was changed"
-    assert tuple(y.shape) == (2, 3, *operator.range_shape), f"{where}: a batch (2, 3) came back as {tuple(y.shape)}"
+    assert tuple(y.shape) == (2, 3, *wanted), f"{where}: a batch (2, 3) came back as {tuple(y.shape)}"
     assert y.dtype == draw.range(double=double).dtype, f"{where}: gave {y.dtype}"
     for i in range(2):
         _close(operator(x[i]), y[i], near, f"{where}: one batch axis differs from two")
         for j in range(3):
             _close(operator(x[i, j]), y[i, j], near, f"{where}: no batch axis differs from two")
-    assert operator(draw.domain(0, double=double)).shape == (0, *operator.range_shape), f"{where}: an empty batch"
+    assert operator(draw.domain(0, double=double)).shape == (0, *wanted), f"{where}: an empty batch"
     assert not operator(torch.zeros_like(x)).any(), f"{where}: zero must map to zero"
     many = draw.domain(19, double=double)
     _close(operator(many)[17], operator(many[17]), near, f"{where}: a large batch differs from its items")

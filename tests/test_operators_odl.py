@@ -6,15 +6,17 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from operators import odl_bridge
+from operators import odl_bridge, patterns
 from operators.ct import RayTransform
 from operators.geometry import FanBeam, Grid, ParallelBeam, uniform_angles
 from operators.linear import LinearOperator
+from operators.mri import CartesianMRI, Complex
 from operators.testing import check_operator
 
 GRID = Grid(shape=(23, 30), spacing=(1.3, 1.3))
@@ -159,6 +161,54 @@ def test_an_odl_solver_runs_on_ours(odl):
     x = theirs.domain.zero()
     odl.solvers.conjugate_gradient_normal(theirs, x, y, niter=60)
     assert float(np.abs(x.asarray().T - truth.numpy()).max()) < 0.15
+
+
+@pytest.fixture
+def mri():
+    maps = torch.randn(3, 12, 15, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)) / 3
+    return CartesianMRI(patterns.equispaced((12, 15), 2), maps)
+
+
+def test_odls_algebra_runs_on_mri(odl, mri):
+    theirs = odl_bridge.as_odl(mri)
+    assert theirs.domain == odl.cn((12, 15), dtype="complex64") and theirs.range.shape == (3, 12, 15)
+    x = torch.randn(12, 15, dtype=torch.complex64)
+    y = mri(x) + 0.1
+    gap = complex(theirs(x.numpy()).inner(theirs.range.element(y.numpy()))) - complex(
+        theirs.domain.element(x.numpy()).inner(theirs.adjoint(y.numpy()))
+    )
+    assert abs(gap) < 1e-5 * float(torch.linalg.vector_norm(y)) ** 2
+    twice = 2j * theirs.adjoint * theirs + odl.IdentityOperator(theirs.domain)
+    np.testing.assert_allclose(twice(x.numpy()).asarray(), 2j * mri.gram(x) + x, atol=1e-5)
+    real = odl_bridge.as_odl(mri @ Complex((12, 15)))
+    assert real.domain == odl.rn((2, 12, 15), dtype="float32")
+    back = odl_bridge.from_odl(real)
+    assert back.adjoint_error() < 1e-6
+    image = torch.randn(2, 2, 12, 15)
+    torch.testing.assert_close(back(image), mri(torch.complex(image[:, 0], image[:, 1])))
+
+
+def test_an_odl_solver_runs_on_mri(odl, mri):
+    theirs, truth = odl_bridge.as_odl(mri), torch.randn(12, 15, dtype=torch.complex64)
+    x = theirs.domain.zero()
+    odl.solvers.conjugate_gradient_normal(theirs, x, theirs.range.element(mri(truth).numpy()), niter=60)
+    np.testing.assert_allclose(x.asarray(), truth, atol=1e-3)
+
+
+def test_crossing_to_odl_costs_microseconds(mri):
+    theirs, x = odl_bridge.as_odl(mri), torch.randn(12, 15, dtype=torch.complex64)
+    element = theirs.domain.element(x.numpy())
+    assert np.shares_memory(odl_bridge._view(element).numpy(), element.data), "nothing is copied on the way in"
+
+    def best(work):
+        spent = []
+        for _ in range(50):
+            start = time.perf_counter()
+            work()
+            spent.append(time.perf_counter() - start)
+        return min(spent)
+
+    assert best(lambda: theirs(element)) - best(lambda: mri(x)) < 300e-6
 
 
 def test_importing_odl_leaves_no_trace():
