@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from operators.geometry import Cartesian, FanBeam, ParallelBeam, Trajectory
+
 if TYPE_CHECKING:
-    from operators.geometry import Beam, Grid
+    from operators.geometry import Grid
 
 Floats = NDArray[np.float32]
+Complexes = NDArray[np.complex64]
 Matrix = NDArray[np.float64]
 
 
@@ -28,7 +31,7 @@ class Volume:
     Attributes:
         data: float32 [slice, row, column].
         affine: float64 (4, 4), maps (column, row, slice, 1) of a voxel's centre to LPS mm (the affine of PS3.3 C.7.6.2.1.1).
-        unit: what the values are: "HU", "1", ...
+        unit: what the values are: "HU", "a.u." (MR), "1", ...
 
     Raises:
         ValueError: data of another rank, empty or not finite; an affine of another shape, singular or not finite; no unit.
@@ -102,35 +105,38 @@ class Scan:
     """Measurements, the geometry that made them, and the grid to reconstruct on.
 
     Attributes:
-        y: float32 [slice, view, detector], line integrals of the attenuation (1, no unit); (views, detectors) is one slice.
-        acquisition: the beam, `operators.geometry.ParallelBeam` or `FanBeam`.
-        grid: `operators.geometry.Grid` of the reconstruction.
-        noise: standard deviation of y, an array that broadcasts to y, or None where it is not known.
-        reference: the true image on that grid (HU), where there is one.
+        y: CT: float32 [slice, view, detector], line integrals of the attenuation (1, no unit); (views, detectors) is one slice.
+            MR: complex64 [slice, coil, ky, kx] on the grid, k = 0 at n // 2, exactly 0 where nothing was measured
+            ([slice, coil, sample] along a trajectory); one axis less is one slice.
+        acquisition: what was measured: `operators.geometry` ParallelBeam or FanBeam (CT), Cartesian or Trajectory (MR).
+        grid: `operators.geometry.Grid` of the reconstruction; for MR, of the k-space matrix, (1, 1) mm where its size is not known.
+        noise: standard deviation of y (MR: of its real and of its imaginary part), an array that broadcasts to y, or None where it
+            is not known.
+        reference: the true image, where there is one: HU on the grid, or the magnitude ("a.u.") on the picture.
         affine: float64 (4, 4), maps (column, row, slice, 1) of the grid to LPS mm; None where the place is not known.
         simulated: True where y was computed from an image.
         protocol: name of the simulated protocol, for the record.
+        maps: MR: coil maps, complex64 [slice, coil, row, column] on the grid, or None.
+        crop: MR: (rows, columns) of the picture, the central part of the grid (`central`); None is all of it.
 
     Raises:
-        ValueError: shapes that do not fit each other, values that are not finite, noise that is not positive.
+        ValueError: shapes that do not fit each other, values that are not finite, noise that is not positive, MR fields in CT.
     """
 
-    y: Floats
-    acquisition: Beam
+    y: NDArray[Any]  # Floats in CT, Complexes in MR: `modality` says which
+    acquisition: Any  # Beam in CT, Cartesian or Trajectory in MR
     grid: Grid
     noise: Floats | None = None
     reference: Volume | None = None
     affine: Matrix | None = None
     simulated: bool = False
     protocol: str | None = None
+    maps: Complexes | None = None
+    crop: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        y = _floats("Scan.y", self.y)
-        if y.ndim == 2:
-            y = y[None]
-        expected = tuple(self.acquisition.shape)
-        if y.ndim != 3 or len(y) == 0 or y.shape[1:] != expected:
-            raise ValueError(f"Scan.y must be [slice, view, detector] with (views, detectors) = {expected}, got shape {y.shape}")
+        check = _check_ct if self.modality == "CT" else _check_mr
+        y = check(self)
         object.__setattr__(self, "y", y)
         if self.noise is not None:
             noise = _floats("Scan.noise", self.noise)
@@ -143,18 +149,106 @@ class Scan:
             object.__setattr__(self, "noise", noise)
         if self.affine is not None:
             object.__setattr__(self, "affine", _affine("Scan.affine", self.affine))
-        if self.reference is not None and self.reference.shape != (len(y), *self.grid.shape):
-            raise ValueError(f"Scan.reference must have shape {(len(y), *self.grid.shape)}, got {self.reference.shape}")
+        if self.reference is not None and self.reference.shape != (len(y), *self.picture):
+            raise ValueError(f"Scan.reference must have shape {(len(y), *self.picture)}, got {self.reference.shape}")
+
+    @property
+    def modality(self) -> str:
+        """CT or MR, by the acquisition."""
+        return "CT" if isinstance(self.acquisition, ParallelBeam | FanBeam) else "MR"
+
+    @property
+    def picture(self) -> tuple[int, int]:
+        """(rows, columns) of what is shown and written: the crop or, without one, the grid."""
+        return self.grid.shape if self.crop is None else self.crop
 
     @property
     def lps(self) -> Matrix:
-        """``affine`` or, where that is None, the grid about the origin: columns to the left, rows to the back, slices of 1 mm."""
-        if self.affine is not None:
+        """The picture's place: (column, row, slice, 1) to LPS mm.
+
+        Without an affine it lies about the origin: columns to the left, rows to the back, slices of 1 mm.
+        """
+        (rows, columns), (dy, dx) = self.picture, self.grid.spacing
+        if self.affine is None:
+            affine = np.diag([dx, dy, 1.0, 1.0])
+            affine[:2, 3] = -(columns - 1) / 2 * dx, -(rows - 1) / 2 * dy
+            return affine
+        if self.crop is None:
             return self.affine
-        (ny, nx), (dy, dx) = self.grid.shape, self.grid.spacing
-        affine = np.diag([dx, dy, 1.0, 1.0])
-        affine[:2, 3] = -(nx - 1) / 2 * dx, -(ny - 1) / 2 * dy
+        first = [_first(n, c) for n, c in zip(reversed(self.grid.shape), (columns, rows), strict=True)]
+        affine = self.affine.copy()
+        affine[:3, 3] += self.affine[:3, :2] @ first
         return affine
+
+
+def central(array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+    """The central part, of ``shape``, of an array's last axes: index n // 2 stays the centre, so that k = 0 and x = 0 stay theirs."""
+    cut: tuple[Any, ...] = tuple(slice(_first(n, c), _first(n, c) + c) for n, c in zip(array.shape[-len(shape) :], shape, strict=True))
+    return array[(Ellipsis, *cut)]
+
+
+def _first(length: int, part: int) -> int:
+    """Where the central ``part`` of ``length`` begins; ValueError if it is longer."""
+    if not 1 <= part <= length:
+        raise ValueError(f"the central part of {length} must be 1 to {length} long, got {part}")
+    return length // 2 - part // 2
+
+
+def _check_ct(scan: Scan) -> Floats:
+    if scan.maps is not None or scan.crop is not None:
+        raise ValueError("Scan.maps and Scan.crop are of MR; leave them out for CT")
+    y = _floats("Scan.y", scan.y)
+    if y.ndim == 2:
+        y = y[None]
+    expected = tuple(scan.acquisition.shape)
+    if y.ndim != 3 or len(y) == 0 or y.shape[1:] != expected:
+        raise ValueError(f"Scan.y must be [slice, view, detector] with (views, detectors) = {expected}, got shape {y.shape}")
+    return y
+
+
+def _check_mr(scan: Scan) -> Complexes:
+    y = _complexes("Scan.y", scan.y)
+    geometry = scan.acquisition
+    if not isinstance(geometry, Cartesian | Trajectory):
+        raise ValueError(f"Scan.acquisition must be ParallelBeam, FanBeam, Cartesian or Trajectory, got {type(geometry).__name__}")
+    expected = geometry.shape if isinstance(geometry, Cartesian) else (geometry.samples,)
+    if y.ndim == 1 + len(expected):
+        y = y[None]
+    if y.ndim != 2 + len(expected) or 0 in y.shape or y.shape[2:] != expected:
+        axes = "ky, kx" if len(expected) == 2 else "sample"
+        raise ValueError(f"Scan.y must be [slice, coil, {axes}] ending in {expected}, got shape {y.shape}")
+    if scan.grid.shape != geometry.shape:
+        raise ValueError(f"Scan.grid must have the shape of the k-space matrix {geometry.shape}, got {scan.grid.shape}")
+    if isinstance(geometry, Cartesian) and y[..., ~geometry.mask].any():
+        raise ValueError("Scan.y must be exactly 0 where the mask says that nothing was measured")
+    if scan.maps is not None:
+        maps = _complexes("Scan.maps", scan.maps)
+        if maps.shape != (*y.shape[:2], *scan.grid.shape):
+            raise ValueError(f"Scan.maps must have shape {(*y.shape[:2], *scan.grid.shape)}, got {maps.shape}")
+        object.__setattr__(scan, "maps", maps)
+    if scan.crop is not None:
+        rows, columns = (int(n) for n in scan.crop)
+        for length, part in zip(scan.grid.shape, (rows, columns), strict=True):
+            if not 1 <= part <= length:
+                raise ValueError(f"Scan.crop must lie within the grid {scan.grid.shape}, got {(rows, columns)}")
+        object.__setattr__(scan, "crop", (rows, columns))
+    return y
+
+
+def _complexes(name: str, values: ArrayLike) -> Complexes:
+    """A contiguous complex64 array of finite numbers, or ValueError."""
+    array = np.asarray(values)
+    if array.dtype.kind != "c":
+        raise ValueError(f"{name} must hold complex numbers, got dtype {array.dtype}")
+    with np.errstate(over="ignore"):
+        array = np.asarray(array, dtype=np.complex64, order="C")
+    return _finite(name, array)
+
+
+def _finite(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got {int((~np.isfinite(array)).sum())} values that are not (NaN or infinite)")
+    return array
 
 
 def _floats(name: str, values: ArrayLike) -> Floats:
@@ -165,9 +259,7 @@ def _floats(name: str, values: ArrayLike) -> Floats:
     with np.errstate(over="ignore"):
         # a scalar stays a scalar: ascontiguousarray would make it one axis
         array = np.asarray(array, dtype=np.float32, order="C")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got {int((~np.isfinite(array)).sum())} values that are not (NaN or infinite)")
-    return array
+    return _finite(name, array)
 
 
 def _affine(name: str, values: ArrayLike) -> Matrix:

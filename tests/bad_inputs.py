@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import struct
 import zipfile
@@ -22,6 +23,7 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEnd
 
 CANARY = "ZZCANARY"
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
 SIZE = 32
 
 
@@ -389,6 +391,304 @@ def zip_of_text(folder: Path) -> Path:
     return folder / "images.zip"
 
 
+def fft2c(image: np.ndarray) -> np.ndarray:
+    """Centred orthonormal transform of the last two axes."""
+    axes = (-2, -1)
+    return np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(image, axes), norm="ortho"), axes).astype(np.complex64)
+
+
+def ifft2c(kspace: np.ndarray) -> np.ndarray:
+    axes = (-2, -1)
+    return np.fft.fftshift(np.fft.ifft2(np.fft.ifftshift(kspace, axes), norm="ortho"), axes)
+
+
+def coil_images(slices: int = 2, coils: int = 3, height: int = 48, width: int = 20) -> np.ndarray:
+    """Complex coil images of an off-centre block, complex64 [slice, coil, row, column]; only the central half of the rows is filled."""
+    y, x = np.mgrid[:height, :width]
+    body = (np.abs(y - height // 2 + 1.5) < height / 5) & (np.abs(x - width // 2 - 1) < width / 3)
+    images = np.empty((slices, coils, height, width), np.complex64)
+    for k in range(slices):
+        for c in range(coils):
+            a = 2 * np.pi * c / coils
+            weight = 1 + 0.6 * np.cos(a) * (y / height - 0.5) + 0.6 * np.sin(a) * (x / width - 0.5)
+            images[k, c] = body * (1 + 0.3 * k + 0.02 * y) * weight * np.exp(1j * (a + 0.05 * x - 0.03 * y))
+    return images
+
+
+def mr_header(
+    height: int = 48, width: int = 20, centre: int | None = None, last: int | None = None, pixel: float = 1.5, **words: str
+) -> str:
+    """An ISMRMRD header as the standard writes it: readout twice as long as the picture, square pixels."""
+    limits = "" if centre is None else (
+        f"<encodingLimits><kspace_encoding_step_1><minimum>0</minimum><maximum>{last}</maximum><center>{centre}</center>"
+        "</kspace_encoding_step_1></encodingLimits>")  # fmt: skip
+    space = lambda x, y: (f"<matrixSize><x>{x}</x><y>{y}</y><z>1</z></matrixSize>"
+                          f"<fieldOfView_mm><x>{x * pixel}</x><y>{y * pixel}</y><z>5</z></fieldOfView_mm>")  # fmt: skip
+    encoding = (f"<encoding><encodedSpace>{space(height, width)}</encodedSpace><reconSpace>{space(height // 2, width - 4)}</reconSpace>"
+                f"{limits}<trajectory>{words.get('trajectory', 'cartesian')}</trajectory></encoding>")  # fmt: skip
+    return (f'<?xml version="1.0" encoding="utf-8"?>{words.get("doctype", "")}<ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD">'
+            f"<subjectInformation><patientName>{CANARY}</patientName></subjectInformation>"
+            f"{encoding * int(words.get('times', '1'))}</ismrmrdHeader>")  # fmt: skip
+
+
+def fastmri(folder: Path, **members: Any) -> Path:
+    """A file in fastMRI's layout; ``members`` replace or add data sets, None leaves one out."""
+    import h5py
+
+    images = coil_images()
+    rss = np.sqrt((np.abs(images[:, :, 12:36, 2:18]) ** 2).sum(1)).astype(np.float32)
+    with h5py.File(folder / "file.h5", "w") as file:
+        for name, value in {"kspace": fft2c(images), "reconstruction_rss": rss, "ismrmrd_header": mr_header(), **members}.items():
+            if value is not None:
+                file[name] = value
+        file.attrs["patient_id"], file.attrs["acquisition"] = CANARY, CANARY
+    return folder / "file.h5"
+
+
+def mrd(folder: Path, readouts: list[tuple[np.ndarray, dict[str, Any]]], header: str, group: str = "dataset") -> Path:
+    """An MRD file by the public ismrmrd package: readouts as (samples (coil, sample), header fields with the counters as idx_...)."""
+    import ismrmrd
+
+    path = folder / "file.mrd"
+    data = ismrmrd.Dataset(str(path), group, create_if_needed=True)
+    data.write_xml_header(header.encode())
+    for samples, fields in readouts:
+        made = ismrmrd.Acquisition.from_array(np.ascontiguousarray(samples, np.complex64))
+        made.center_sample = samples.shape[1] // 2
+        for name, value in fields.items():
+            if name == "flags":
+                for flag in value:
+                    made.setFlag(flag)
+            elif name.startswith("idx_"):
+                setattr(made.idx, name[4:], value)
+            elif isinstance(value, tuple):
+                getattr(made, name)[:] = value
+            else:
+                setattr(made, name, value)
+        data.append_acquisition(made)
+    data.close()
+    return path
+
+
+PLACE = dict(read_dir=(1.0, 0, 0), phase_dir=(0, 1.0, 0), slice_dir=(0, 0, 1.0))
+
+
+def mrd_readouts(kspace: np.ndarray, columns: Any = None, **fields: Any) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """The readouts of k-space [slice, coil, readout, phase]: the columns in order, each with its counters; slices 5 mm apart."""
+    wanted = range(kspace.shape[3]) if columns is None else columns
+    return [(kspace[k, :, :, p], {"idx_kspace_encode_step_1": p, "idx_slice": k, "position": (10.0, 20.0, -5.0 * k), **PLACE, **fields})
+            for k in range(len(kspace)) for p in wanted]  # fmt: skip
+
+
+def _fastmri(**members: Any) -> Callable[[Path], Path]:
+    return lambda folder: fastmri(folder, **members)
+
+
+def _mrd(header: str | None = None, **fields: Any) -> Callable[[Path], Path]:
+    return lambda folder: mrd(folder, mrd_readouts(fft2c(coil_images()), **fields), mr_header() if header is None else header)
+
+
+def nan_kspace() -> np.ndarray:
+    kspace = fft2c(coil_images())
+    kspace[1, 2, 3, 4] = np.nan
+    return kspace
+
+
+def hdf5_cut(folder: Path) -> Path:
+    path = fastmri(folder)
+    path.write_bytes(path.read_bytes()[:-5000])
+    return path
+
+
+def hdf5_other(folder: Path) -> Path:
+    import h5py
+
+    with h5py.File(folder / "file.h5", "w") as file:
+        file[f"{CANARY}/picture"] = np.zeros(3)
+        file["k_space"] = np.zeros(3, np.complex64)
+    return folder / "file.h5"
+
+
+def hdf5_link(folder: Path, *, soft: bool = False) -> Path:
+    import h5py
+
+    fastmri(folder, kspace=None)
+    with h5py.File(folder / "secret.h5", "w") as file:
+        file["kspace"] = fft2c(coil_images())
+    with h5py.File(folder / "file.h5", "a") as file:
+        file["kspace"] = h5py.SoftLink("/reconstruction_rss") if soft else h5py.ExternalLink("secret.h5", "kspace")
+    return folder / "file.h5"
+
+
+def hdf5_virtual(folder: Path) -> Path:
+    import h5py
+
+    images = fft2c(coil_images())
+    with h5py.File(folder / "secret.h5", "w") as file:
+        file["kspace"] = images
+    fastmri(folder, kspace=None)
+    whole = h5py.VirtualLayout(images.shape, images.dtype)
+    whole[:] = h5py.VirtualSource(str(folder / "secret.h5"), "kspace", images.shape)
+    with h5py.File(folder / "file.h5", "a") as file:
+        file.create_virtual_dataset("kspace", whole)
+    return folder / "file.h5"
+
+
+def hdf5_outside(folder: Path) -> Path:
+    """k-space in a raw file beside."""
+    import h5py
+
+    images = fft2c(coil_images())
+    (folder / "secret.bin").write_bytes(images.tobytes())
+    fastmri(folder, kspace=None)
+    with h5py.File(folder / "file.h5", "a") as file:
+        file.create_dataset("kspace", images.shape, images.dtype, external=[(str(folder / "secret.bin"), 0, images.nbytes)])
+    return folder / "file.h5"
+
+
+def hdf5_plugin(folder: Path) -> Path:
+    """A filter's number is exchanged for one that no library has registered."""
+    import h5py
+
+    fastmri(folder, kspace=None)
+    with h5py.File(folder / "file.h5", "a") as file:
+        file.create_dataset("kspace", data=fft2c(coil_images()), chunks=(1, 1, 48, 20), compression="lzf")
+    path = folder / "file.h5"
+    data = path.read_bytes()
+    assert data.count(struct.pack("<H", 32000)) >= 1 and data.count(b"lzf") == 1
+    at = data.rindex(struct.pack("<H", 32000), 0, data.index(b"lzf"))
+    path.write_bytes(data[:at] + struct.pack("<H", 32015) + data[at + 2 :])
+    return path
+
+
+def hdf5_bomb(folder: Path) -> Path:
+    """k-space of nine gigabytes in a few kilobytes."""
+    import h5py
+
+    fastmri(folder, kspace=None)
+    with h5py.File(folder / "file.h5", "a") as file:
+        file.create_dataset("kspace", (70, 15, 1024, 1024), np.complex64, chunks=(1, 1, 1024, 1024), compression="gzip")
+    return folder / "file.h5"
+
+
+def hdf5_hollow(folder: Path) -> Path:
+    """k-space of 700 megabytes of which nothing was written."""
+    import h5py
+
+    fastmri(folder, kspace=None)
+    with h5py.File(folder / "file.h5", "a") as file:
+        file.create_dataset("kspace", (6, 15, 1024, 1024), np.complex64, chunks=(1, 1, 1024, 1024))
+    return folder / "file.h5"
+
+
+def hdf5_objects(folder: Path) -> Path:
+    import h5py
+
+    fastmri(folder, kspace=None)
+    with h5py.File(folder / "file.h5", "a") as file:
+        file.create_dataset("kspace", (2, 3, 4), dtype=h5py.ref_dtype)
+    return folder / "file.h5"
+
+
+def mrd_without_xml(folder: Path) -> Path:
+    import h5py
+
+    path = _mrd()(folder)
+    with h5py.File(path, "a") as file:
+        del file["dataset/xml"]
+    return path
+
+
+def mrd_of_numbers(folder: Path) -> Path:
+    import h5py
+
+    with h5py.File(folder / "file.mrd", "w") as file:
+        file["dataset/data"], file["dataset/xml"] = np.zeros((3, 4)), mr_header()
+    return folder / "file.mrd"
+
+
+def mrd_short(folder: Path) -> Path:
+    """One readout has fewer samples than its header says."""
+    import h5py
+
+    path = _mrd()(folder)
+    with h5py.File(path, "a") as file:
+        row = file["dataset/data"][7]
+        row["head"]["number_of_samples"] = 47
+        file["dataset/data"][7] = row
+    return path
+
+
+BOMB = '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;&a;&a;"><!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b;&b;&b;">]>'
+
+
+def npy(folder: Path, array: np.ndarray, side: Any = None) -> Path:
+    """k-space.npy and, where given, its JSON: an object, or text as it is."""
+    np.save(folder / "kspace.npy", array, allow_pickle=True)
+    if side is not None:
+        (folder / "kspace.json").write_text(side if isinstance(side, str) else json.dumps(side))
+    return folder / "kspace.npy"
+
+
+def _npy(array: np.ndarray | None = None, side: Any = None) -> Callable[[Path], Path]:
+    return lambda folder: npy(folder, fft2c(coil_images())[0] if array is None else array, side)
+
+
+def npy_cut(folder: Path) -> Path:
+    path = _npy()(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+def npy_differing() -> np.ndarray:
+    kspace = fft2c(coil_images())
+    kspace[0, :, :, ::2] = 0
+    return kspace
+
+
+def twix(version: str) -> bytes:
+    """The first bytes of Siemens raw data, of syngo VB or of VD and later, with a patient in the table of measurements."""
+    if version == "VB":
+        return struct.pack("<II", 60000, 6) + b"Config\0" + struct.pack("<I", 5000) + CANARY.encode() * 2000
+    entry = struct.pack("<IIQQ", 1, 1, 10240, 40000) + CANARY.encode().ljust(64, b"\0") + b"protocol".ljust(64, b"\0")
+    return (struct.pack("<II", 0, 1) + entry).ljust(10240, b"\0") + bytes(40000)
+
+
+P_FILE = struct.pack("<f", 26.0) + bytes(30) + b"GE_MED_NMR" + bytes(2000)
+
+
+def mr_slice(index: int = 0, **changes: Any) -> Dataset:
+    """A valid MR magnitude slice: the CT one with another class and values from 0."""
+    pixels = (phantom(index).astype(np.int32) + 1000).clip(0).astype(np.uint16)
+    without = dict.fromkeys(("RescaleSlope", "RescaleIntercept", "RescaleType", "KVP"))
+    fields = dict(SOPClassUID=MR_IMAGE, Modality="MR", ImageType=["ORIGINAL", "PRIMARY", "M", "ND"], PixelRepresentation=0,
+                  PixelData=pixels.tobytes(), ScanningSequence="SE", SequenceVariant="SK", ScanOptions="", MRAcquisitionType="2D",
+                  RepetitionTime=500, EchoTime=12, EchoTrainLength=1, MagneticFieldStrength=3, FlipAngle=90)  # fmt: skip
+    return ct_slice(index, **{**without, **fields, **changes})
+
+
+def _mr(**changes: Any) -> Callable[[Path], Path]:
+    return lambda folder: save(mr_slice(**changes), folder / "scan.dcm")
+
+
+def mr_series(folder: Path, slices: int = 5, change: Callable[[int, Dataset], None] | None = None) -> Path:
+    """As `series`, of MR."""
+    home = folder / "series"
+    home.mkdir()
+    for index in range(slices):
+        ds = mr_slice(index)
+        if change is not None:
+            change(index, ds)
+        save(ds, home / f"{(index * 7) % 10}{index}.dcm")
+    return home
+
+
+def ct_inside_mr(folder: Path) -> Path:
+    home = mr_series(folder, 3)
+    save(ct_slice(3), home / "ct.dcm")
+    return home
+
+
 J2K, JPEG_LOSSY, RLE, HEVC, JPEG_LS = (f"1.2.840.10008.1.2.{n}" for n in ("4.90", "4.51", "5", "4.107", "4.80"))
 
 BAD_INPUTS: dict[str, tuple[Callable[[Path], Path], int]] = {
@@ -443,7 +743,14 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], Path], int]] = {
     "frames as text": (_raw("NumberOfFrames", "12", b"ab"), 3),
     # kinds
     "ultrasound": (ultrasound, 3),
-    "MR": (_slice(SOPClassUID="1.2.840.10008.5.1.4.1.1.4", Modality="MR"), 3),
+    "MR phase": (_mr(ImageType=["ORIGINAL", "PRIMARY", "P", "ND"]), 3),
+    "MR phase by its values": (_slice(SOPClassUID=MR_IMAGE, Modality="MR"), 3),
+    "MR imaginary part": (_mr(ComplexImageComponent="IMAGINARY"), 3),
+    "MR mosaic": (_mr(ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]), 3),
+    "MR bad rescale": (_mr(RescaleSlope=0, RescaleIntercept=0), 3),
+    "MR slices of two echoes": (lambda folder: mr_series(folder, 4, lambda k, ds: setattr(ds, "ImagePositionPatient", [0, 0, k // 2])), 3),
+    "enhanced MR": (_slice(SOPClassUID="1.2.840.10008.5.1.4.1.1.4.1"), 3),
+    "CT among MR": (ct_inside_mr, 3),
     "enhanced CT": (_slice(SOPClassUID="1.2.840.10008.5.1.4.1.1.2.1"), 3),
     "CT-PD": (ct_pd, 3),
     "private raw data": (_slice(SOPClassUID="1.2.840.10008.5.1.4.1.1.66"), 3),
@@ -504,4 +811,68 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], Path], int]] = {
     "npz with a wrong checksum": (npz_checksum, 4),
     "npz that lies": (npz_lying, 4),
     "npz bomb": (npz_bomb, 6),
+    # k-space: HDF5
+    "HDF5 truncated": (hdf5_cut, 4),
+    "HDF5 of eight bytes": (_bytes(b"\x89HDF\r\n\x1a\n", "file.h5"), 4),
+    "HDF5 with other groups": (hdf5_other, 3),
+    "HDF5 with an external link": (hdf5_link, 3),
+    "HDF5 with a soft link": (lambda folder: hdf5_link(folder, soft=True), 3),
+    "HDF5 virtual": (hdf5_virtual, 3),
+    "HDF5 outside": (hdf5_outside, 3),
+    "HDF5 with a plugin": (hdf5_plugin, 3),
+    "HDF5 bomb": (hdf5_bomb, 6),
+    "HDF5 hollow": (hdf5_hollow, 6),
+    "HDF5 of references": (hdf5_objects, 3),
+    "fastMRI real": (_fastmri(kspace=np.abs(coil_images())), 3),
+    "fastMRI NaN": (lambda folder: fastmri(folder, kspace=nan_kspace()), 3),
+    "fastMRI of two axes": (_fastmri(kspace=np.ones((4, 5), np.complex64)), 3),
+    "fastMRI zero": (_fastmri(kspace=np.zeros((2, 3, 48, 20), np.complex64)), 3),
+    "fastMRI mask too short": (_fastmri(mask=np.ones(19, bool)), 3),
+    "fastMRI mask of zeros": (_fastmri(mask=np.zeros(20, bool)), 3),
+    "fastMRI of two masks": (lambda folder: fastmri(folder, kspace=npy_differing()), 3),
+    "fastMRI XML malformed": (_fastmri(ismrmrd_header=mr_header()[:-30]), 4),
+    "fastMRI XML not UTF-8": (lambda folder: fastmri(folder, ismrmrd_header=np.bytes_(mr_header().encode("utf-16"))), 4),
+    "fastMRI XML without encoding": (_fastmri(ismrmrd_header="<ismrmrdHeader/>"), 3),
+    "fastMRI XML of zero size": (_fastmri(ismrmrd_header=mr_header(width=4)), 3),
+    "fastMRI XML entity bomb": (_fastmri(ismrmrd_header=mr_header(doctype=BOMB)), 3),
+    "fastMRI XML is a number": (_fastmri(ismrmrd_header=7.0), 3),
+    "fastMRI radial": (_fastmri(ismrmrd_header=mr_header(trajectory="radial")), 3),
+    "fastMRI two encodings": (_fastmri(ismrmrd_header=mr_header(times="2")), 3),
+    "fastMRI other reference": (_fastmri(reconstruction_rss=np.ones((3, 4, 4))), 3),
+    "fastMRI NaN reference": (_fastmri(reconstruction_rss=np.full((2, 24, 16), np.nan)), 3),
+    "MRD without XML": (mrd_without_xml, 3),
+    "MRD malformed XML": (_mrd(header="<ismrmrdHeader>"), 4),
+    "MRD entity bomb": (_mrd(header=mr_header(doctype=BOMB)), 3),
+    "MRD spiral": (_mrd(header=mr_header(trajectory="spiral")), 3),
+    "MRD two encodings": (_mrd(header=mr_header(times="2")), 3),
+    "MRD two encoding spaces": (_mrd(encoding_space_ref=1), 3),
+    "MRD of numbers": (mrd_of_numbers, 3),
+    "MRD NaN": (lambda folder: mrd(folder, mrd_readouts(nan_kspace()), mr_header()), 3),
+    "MRD short readout": (mrd_short, 4),
+    "MRD off the grid": (_mrd(header=mr_header(width=16)), 3),
+    "MRD reversed": (_mrd(flags=[22]), 3),
+    "MRD only noise": (_mrd(flags=[19]), 3),
+    # k-space: arrays
+    "npy real": (_npy(np.ones((2, 4, 5), np.float32)), 3),
+    "npy NaN": (lambda folder: npy(folder, nan_kspace()), 3),
+    "npy zero": (_npy(np.zeros((2, 4, 5), np.complex64)), 3),
+    "npy of two axes": (_npy(np.ones((4, 5), np.complex64)), 3),
+    "npy with pickled objects": (_npy(np.array([{"a": 1}], dtype=object)), 3),
+    "npy truncated": (npy_cut, 4),
+    "npy cut in its header": (_bytes(b"\x93NUMPY\x01\0\x76\0{'descr'", "kspace.npy"), 4),
+    "npy with a broken side-car": (_npy(side="{"), 4),
+    "npy with a list beside": (_npy(side=[1]), 3),
+    "npy with other axes": (_npy(side={"axes": ["kx", "ky", "coil"]}), 3),
+    "npy with another shape": (_npy(side={"shape": [3, 48, 21]}), 3),
+    "npy with k = 0 in the corner": (_npy(side={"centre": "corner"}), 3),
+    "npy with an unknown mask": (_npy(side={"mask": "radial"}), 3),
+    "npy with a bad length": (_npy(side={"fov_mm": [100, -1]}), 3),
+    "npy with a bad sigma": (_npy(side={"noise_sigma": True}), 3),
+    "npy of two masks": (lambda folder: npy(folder, npy_differing()), 3),
+    # raw data of scanners
+    "twix VB": (_bytes(twix("VB"), "meas.dat"), 3),
+    "twix VD": (_bytes(twix("VD"), "meas.bin"), 3),
+    "P-file": (_bytes(P_FILE, "P12345"), 3),
+    "Philips list": (_bytes(b"# === DATA DESCRIPTION FILE ===" + b"\n#" * 500, "raw.txt"), 3),
+    "Philips raw by its name": (_bytes(np.random.default_rng(1).bytes(4096), "scan.raw"), 3),
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from bad_inputs import BAD_INPUTS, CANARY, ct_slice, deflated, nifti_bytes, save, series
+from bad_inputs import BAD_INPUTS, CANARY, coil_images, ct_slice, deflated, fft2c, nifti_bytes, npy, save, series
 
 from deft_med.errors import CorruptError, DeftMedError, ResourceError, UnsupportedError, UsageError
 from deft_med.io import read
@@ -32,7 +32,9 @@ WORDS = {
     "RescaleType not HU": "another quantity", "Rows 0": "Rows 0", "Rows 65535": "65535 x 65535", "one row": "at least 2 x 2",
     "BitsStored 17": "bits allocated", "PixelRepresentation 7": "have a sign", "constant": "same value",
     "values like counts": "no CT numbers", "RGB": "colour", "several frames": "several frames", "ultrasound": "Ultrasound",
-    "MR": "MR image", "enhanced CT": "multi-frame", "CT-PD": "DICOM-CT-PD", "private raw data": "private format",
+    "MR phase": "says P;", "MR phase by its values": "no magnitude", "MR imaginary part": "IMAGINARY", "MR mosaic": "MOSAIC",
+    "MR bad rescale": "bad rescale", "MR slices of two echoes": "duplicated position", "enhanced MR": "multi-frame) MR",
+    "CT among MR": "differ in kind", "enhanced CT": "multi-frame", "CT-PD": "DICOM-CT-PD", "private raw data": "private format",
     "unknown class": "unknown kind", "DICOMDIR": "index", "no class": "what kind of object", "localizer": "LOCALIZER",
     "missing decoder": "no decoder", "unknown syntax": "not known", "lossy once": "allow-lossy",
     "broken JPEG 2000": "could not be decoded", "folder without DICOM": "no DICOM file", "two series in a folder": "2 series",
@@ -48,6 +50,27 @@ WORDS = {
     "npz fan without source": "source_origin is needed", "npz with half a pixel": "whole numbers",
     "npz with two pitches": "one number", "npz truncated": "ZIP archive is damaged", "npz that lies": "asks for more bytes",
     "npz bomb": "unpacks to more", "many missing slices": "3 slices are missing", "npz with a wrong checksum": "BadZipFile",
+    "HDF5 truncated": "truncated", "HDF5 with other groups": "neither kspace", "HDF5 with an external link": "external link",
+    "HDF5 with a soft link": "soft link", "HDF5 virtual": "virtual data set", "HDF5 outside": "virtual data set",
+    "HDF5 with a plugin": "filter 32015", "HDF5 bomb": "unpacks to over 8 GiB", "HDF5 of references": "references",
+    "HDF5 hollow": "claims",
+    "fastMRI real": "expected complex", "fastMRI NaN": "slice 2 of 2", "fastMRI of two axes": "shape (4, 5)",
+    "fastMRI zero": "zero in every sampled column", "fastMRI mask too short": "19 entries", "fastMRI mask of zeros": "no sampled column",
+    "fastMRI of two masks": "differ in their sampled columns", "fastMRI XML malformed": "not well-formed",
+    "fastMRI XML not UTF-8": "not UTF-8", "fastMRI XML without encoding": "no encoding", "fastMRI XML of zero size": "reconSpace",
+    "fastMRI XML entity bomb": "DOCTYPE", "fastMRI XML is a number": "not one string", "fastMRI radial": "radial",
+    "fastMRI two encodings": "2 encodings", "fastMRI other reference": "reconstruction_rss has shape",
+    "fastMRI NaN reference": "reconstruction_rss holds values", "MRD without XML": "no header XML", "MRD malformed XML": "not well-formed",
+    "MRD entity bomb": "DOCTYPE", "MRD spiral": "not supported: spiral", "MRD two encodings": "2 encodings",
+    "MRD two encoding spaces": "several encoding spaces", "MRD of numbers": "no ISMRMRD acquisitions", "MRD NaN": "readout 25 of 40",
+    "MRD short readout": "288 numbers", "MRD off the grid": "48 x 16", "MRD reversed": "reversed", "MRD only noise": "no imaging readout",
+    "npy real": "expected complex", "npy NaN": "1 values that are not finite", "npy zero": "zero everywhere", "npy of two axes": "(4, 5)",
+    "npy with pickled objects": "pickled", "npy truncated": "23040 expected", "npy with a broken side-car": "does not parse",
+    "npy with a list beside": "no object", "npy with other axes": "axes do not fit", "npy with another shape": "[3, 48, 20]",
+    "npy with k = 0 in the corner": "k = 0 in the middle", "npy with an unknown mask": "'nonzero' or 'all'",
+    "npy with a bad length": "fov_mm", "npy with a bad sigma": "noise_sigma", "npy of two masks": "different places",
+    "twix VB": "siemens_to_ismrmrd", "twix VD": "siemens_to_ismrmrd", "P-file": "ge_to_ismrmrd", "Philips list": "philips_to_ismrmrd",
+    "Philips raw by its name": "philips_to_ismrmrd",
 }  # fmt: skip
 
 
@@ -155,7 +178,7 @@ def test_lossy_is_read_with_leave_and_recorded(tmp_path: Path) -> None:
     assert source.lossy and "lossy" in source.describe()
 
 
-@pytest.mark.parametrize("kind", ["dicom", "deflated", "nifti", "gzip", "npz"])
+@pytest.mark.parametrize("kind", ["dicom", "deflated", "nifti", "gzip", "npz", "npy"])
 def test_damaged_bytes_never_end_in_a_bug(kind: str, tmp_path: Path) -> None:
     """Random damage of the first two kilobytes: an image or one of our errors, nothing else, nothing on stderr."""
     make: dict[str, Callable[[], bytes]] = {
@@ -163,6 +186,7 @@ def test_damaged_bytes_never_end_in_a_bug(kind: str, tmp_path: Path) -> None:
         "deflated": lambda: deflated(tmp_path).read_bytes(),
         "nifti": nifti_bytes,
         "gzip": lambda: gzip.compress(nifti_bytes(), mtime=0),
+        "npy": lambda: npy(tmp_path, fft2c(coil_images())).read_bytes(),
         "npz": lambda: BAD_INPUTS["npz with NaN noise"][0](tmp_path).read_bytes(),
     }
     rng, good = np.random.default_rng(7), make[kind]()

@@ -9,7 +9,7 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
-from bad_inputs import CANARY, ct_slice, phantom, save, series
+from bad_inputs import CANARY, ct_slice, mr_series, mr_slice, phantom, save, series
 
 from deft_med.errors import UsageError
 from deft_med.io import example, read
@@ -209,3 +209,46 @@ def test_the_chest_series(data_dir: Path) -> None:
     np.testing.assert_allclose(source.volume.affine[:3, 3], [-228.036842, -93.0631599, -339])
     assert source.volume.spacing == (5.0, 0.841796875, 0.841796875)
     assert -1030 < np.percentile(source.volume.data, 5) < -950
+
+
+# ------------------------------------------------------------------------------------------------------------------------- MR
+def test_an_mr_series(tmp_path: Path) -> None:
+    source = read(mr_series(tmp_path))
+    assert source.kind == "dicom" and source.modality == "MR" and source.volume is not None and source.volume.unit == "a.u."
+    assert source.describe() == "MR series (DICOM), 5 slices 32 x 32, 0.75 x 0.5 mm, slice step 2.5 mm, a.u."
+    for k in range(5):
+        np.testing.assert_array_equal(source.volume.data[k], phantom(k) + 1000.0)
+
+
+@pytest.mark.parametrize("orientation", [[1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, -1], [0.6, 0.8, 0, 0, 0, -1]])
+def test_mr_slices_lie_any_way(orientation: list[float], tmp_path: Path) -> None:
+    normal = np.cross(orientation[:3], orientation[3:])
+
+    def change(k: int, ds: pydicom.Dataset) -> None:
+        ds.ImageOrientationPatient = orientation
+        ds.ImagePositionPatient = [f"{v:.10g}" for v in np.array([-8.0, -12.0, 50.0]) + 2.5 * k * normal]
+
+    volume = read(mr_series(tmp_path, 4, change)).volume
+    assert volume is not None
+    np.testing.assert_allclose(volume.affine[:3, 2], 2.5 * normal, atol=1e-6)
+    np.testing.assert_allclose(volume.affine[:3, 0], 0.5 * np.array(orientation[:3]), atol=1e-6)
+
+
+def test_an_mr_rescale_is_used_where_there_is_one(tmp_path: Path) -> None:
+    volume = read(save(mr_slice(RescaleSlope=0.5, RescaleIntercept=3, RescaleType="normalized"), tmp_path / "scan.dcm")).volume
+    assert volume is not None
+    np.testing.assert_allclose(volume.data[0], (phantom() + 1000) * 0.5 + 3)
+
+
+def test_padding_in_mr_is_zero(tmp_path: Path) -> None:
+    source = read(save(mr_slice(PixelPaddingValue=1300), tmp_path / "scan.dcm"))
+    assert source.volume is not None and source.volume.data.max() == 1040 and "outside the scan set to 0" in source.describe()
+
+
+@pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_implicit.dcm", "MR_small_RLE.dcm", "examples_overlay.dcm"])
+def test_the_mr_slices_that_ship_with_pydicom(name: str) -> None:
+    from pydicom.data import get_testdata_file
+
+    source = read(str(get_testdata_file(name, download=False)))
+    assert source.modality == "MR" and source.volume is not None
+    assert (source.volume.data.min(), source.volume.data.max()) == ((0, 1123) if "overlay" in name else (127, 2145))

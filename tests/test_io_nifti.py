@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from bad_inputs import nifti_bytes, series
+from bad_inputs import coil_images, fft2c, nifti_bytes, npy, series
 from test_io_dicom import POSES, pose
 
 from deft_med.errors import OutputError, UnsupportedError
@@ -138,3 +138,65 @@ def test_write_refuses(tmp_path: Path) -> None:
         out(Volume(np.zeros((1, 2, 2)), np.eye(4)), tmp_path / "a.dcm")
     with pytest.raises(OutputError, match="NIfTI volume could not be written"):
         out(Volume(np.zeros((1, 2, 2)), np.eye(4)), tmp_path / "no" / "a.nii")
+
+
+# ------------------------------------------------------------------------------------------------------------------------- MR
+def magnitude(path: Path, side: str | None = None, low: float = 0.0) -> Path:
+    data = np.linspace(low, 900, 6 * 5 * 3, dtype=np.float32).reshape(6, 5, 3)
+    path.write_bytes(nib.Nifti1Image(data, np.diag([-1.0, -1.5, 2.0, 1.0])).to_bytes())
+    if side is not None:
+        path.with_suffix(".json").write_text(side)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("low", "side", "stated", "modality"),
+    [
+        (0, None, None, "MR"),
+        (-499, None, None, "MR"),
+        (-500, None, None, "CT"),
+        (-500, None, "MR", "MR"),
+        (0, None, "CT", "CT"),
+        (0, '{"Units": "HU"}', None, "CT"),
+        (-900, '{"Units": "a.u."}', None, "MR"),
+        (-900, '{"Modality": "MR", "Manufacturer": "x"}', None, "MR"),
+        (0, '{"Units": "HU"}', "MR", "MR"),
+        (0, '{"Units": "furlong"}', None, "MR"),
+        (0, "[1]", None, "MR"),
+        (0, "{", None, "MR"),
+    ],
+)
+def test_ct_or_mr(low: float, side: str | None, stated: str | None, modality: str, tmp_path: Path) -> None:
+    source = read(magnitude(tmp_path / "scan.nii", side, low), modality=stated)
+    assert source.modality == modality and source.volume is not None
+    assert source.volume.unit == ("HU" if modality == "CT" else "a.u.")
+    assert ("taken for HU" if modality == "CT" else "taken for an MR magnitude") in source.describe()
+    assert ("negative values" in source.describe()) == (modality == "MR" and low < 0)
+    assert ("are these CT numbers?" in source.describe()) == (modality == "CT" and low > -500)
+
+
+def test_an_unknown_modality_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="modality must be 'CT', 'MR' or None"):
+        read(magnitude(tmp_path / "scan.nii"), modality="PET")
+
+
+def test_an_mr_volume_comes_back(tmp_path: Path) -> None:
+    source = read(magnitude(tmp_path / "scan.nii"))
+    assert source.volume is not None and source.placed
+    back = read(out(source.volume, tmp_path / "volume.nii.gz"))
+    assert back.modality == "MR" and back.volume is not None and json.loads((tmp_path / "volume.json").read_text())["Units"] == "a.u."
+    np.testing.assert_array_equal(back.volume.data, source.volume.data)
+
+
+def test_an_unknown_place_is_written_as_unknown(tmp_path: Path) -> None:
+    like = read(npy(tmp_path, fft2c(coil_images())))
+    assert like.scan is not None
+    volume = Volume(np.random.default_rng(0).random((2, 48, 20)), like.scan.lps, "a.u.")
+    write(volume, tmp_path / "volume.nii.gz", like, format="nifti", kind="PHASE", simulated=False)
+    record = json.loads((tmp_path / "volume.json").read_text())
+    assert record["Geometry"].startswith("unknown") and record["PixelSize"].startswith("unknown") and record["Coordinates"] == "none"
+    image = nib.load(tmp_path / "volume.nii.gz")
+    assert int(image.header["sform_code"]) == int(image.header["qform_code"]) == 0 and image.header.get_xyzt_units()[0] == "unknown"
+    back = read(tmp_path / "volume.nii.gz")
+    assert back.volume is not None and not back.placed and "left and right are not known" in back.describe()
+    np.testing.assert_array_equal(back.volume.data, volume.data)

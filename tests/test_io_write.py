@@ -12,11 +12,11 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
-from bad_inputs import CANARY, CT_IMAGE, ct_slice, save, series
+from bad_inputs import CANARY, CT_IMAGE, MR_IMAGE, coil_images, ct_slice, fft2c, mr_header, mr_series, mrd, mrd_readouts, npy, save, series
 from test_io_dicom import POSES, pose
 from test_volume import corners
 
-from deft_med.errors import OutputError, ResourceError
+from deft_med.errors import OutputError, ResourceError, UsageError
 from deft_med.io import Source, read, write
 from deft_med.io.header import text
 from deft_med.volume import Volume
@@ -302,3 +302,90 @@ def test_the_chest_series_comes_out_clean_and_in_place(data_dir: Path, tmp_path:
     index = np.linalg.solve(out.affine, other.affine @ [0, 100, 50, 1])[:3]
     np.testing.assert_allclose(index, np.rint(index), atol=1e-3)
     assert np.rint(out.data[int(np.rint(index[2])), 100, 50]) == other.array[0, 100, 50]
+
+
+# ------------------------------------------------------------------------------------------------------------------------- MR
+def test_an_mr_series_of_the_same_patient(tmp_path: Path) -> None:
+    source = read(mr_series(tmp_path))
+    out = image(source)
+    made = written(source, tmp_path / "out")
+    for ds, header in zip(made, source.headers, strict=True):
+        assert (ds.SOPClassUID, ds.Modality) == (MR_IMAGE, "MR") and ds.file_meta.MediaStorageSOPClassUID == MR_IMAGE
+        assert ds.ImageType == ["DERIVED", "SECONDARY", "OTHER", "SIMULATED", "DEFT"]
+        assert ds.SeriesDescription == "SIMULATED RESEARCH deft_med 60 views" and ds.PatientName == header.PatientName
+        for keyword in ("ScanningSequence", "SequenceVariant", "RepetitionTime", "EchoTime", "FlipAngle", "StudyInstanceUID"):
+            assert ds[keyword].value == header[keyword].value
+        assert "KVP" not in ds and "ConvolutionKernel" not in ds and "RescaleSlope" not in ds
+        assert ds.RealWorldValueMappingSequence[0].RealWorldValueSlope == 1 and ds.WindowWidth >= 1
+    back = read(tmp_path / "out")
+    assert back.volume is not None and back.modality == "MR"
+    np.testing.assert_array_equal(back.volume.data, np.rint(out.data))
+    np.testing.assert_allclose(back.volume.affine, out.affine, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-2, 1e6])
+def test_small_and_large_values_are_scaled_and_the_file_says_how(scale: float, tmp_path: Path) -> None:
+    source = read(mr_series(tmp_path))
+    volume = image(source).with_data(image(source).data * scale)
+    made = written(source, tmp_path / "out", volume)
+    step = made[0].RealWorldValueMappingSequence[0].RealWorldValueSlope
+    values = np.stack([ds.pixel_array for ds in made]) * step
+    np.testing.assert_allclose(values, volume.data, atol=0.51 * step)
+    assert max(ds.pixel_array.max() for ds in made) == 32767
+    spread = written(source, tmp_path / "std", volume.with_data(volume.data / 50), kind="STDDEV")
+    assert spread[0].ImageType[-1] == "STDDEV" and max(ds.pixel_array.max() for ds in spread) == 32767
+
+
+def test_negative_magnitudes_are_clipped_and_an_empty_picture_is_written(tmp_path: Path) -> None:
+    source = read(mr_series(tmp_path))
+    volume = image(source)
+    data = volume.data.copy()
+    data[0, :2, :2] = -7
+    assert write(volume.with_data(data), tmp_path / "out", source, **HOW) == 4
+    assert write(volume.with_data(data * 0), tmp_path / "nothing", source, **HOW) == 0
+
+
+def placed_scan(tmp_path: Path, **fields: Any) -> Source:
+    return read(mrd(tmp_path, mrd_readouts(fft2c(coil_images()), **fields), mr_header()))
+
+
+def test_a_measured_scan_with_a_place_is_a_new_study_of_nobody(tmp_path: Path) -> None:
+    pytest.importorskip("ismrmrd", reason="the MRD file is written by the public ismrmrd package")
+    source = placed_scan(tmp_path)
+    assert source.scan is not None and source.placed
+    volume = Volume(np.random.default_rng(0).random((2, 24, 16)), source.scan.lps, "a.u.")
+    made = written(source, tmp_path / "out", volume, simulated=False, kind="CG_SENSE")
+    assert made[0].PatientName == "" and made[0].ScanningSequence == "RM" and made[0].ImageType[-2:] == ["OTHER", "CG_SENSE"]
+    assert made[0].EchoTime is None and CANARY not in str(made[0])
+    back = read(tmp_path / "out").volume
+    assert back is not None
+    np.testing.assert_allclose(back.affine, volume.affine, atol=1e-4)
+    if shutil.which("dciodvfy"):
+        assert errors_of(tmp_path / "out" / "0001.dcm") == []
+
+
+def test_without_a_place_there_is_no_dicom(tmp_path: Path) -> None:
+    source = read(npy(tmp_path, fft2c(coil_images())))
+    assert source.scan is not None
+    volume = Volume(np.ones((2, 48, 20)), source.scan.lps, "a.u.")
+    with pytest.raises(UsageError, match="no place in the patient, which DICOM needs"):
+        write(volume, tmp_path / "out", source, **HOW)
+    assert not (tmp_path / "out").exists()
+
+
+def test_headers_of_the_other_modality_are_refused(tmp_path: Path) -> None:
+    source = read(series(tmp_path))
+    with pytest.raises(ValueError, match="headers are of another modality"):
+        write(image(source).with_data(image(source).data, "a.u."), tmp_path / "out", source, **HOW)
+
+
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dciodvfy (Debian dicom3tools) is not installed")
+@pytest.mark.parametrize("kind", ["DEFT", "ZERO_FILLED", "TV", "WAVELET", "STDDEV"])
+@pytest.mark.parametrize("origin", ["series", "MR_small.dcm", "examples_overlay.dcm", "nobody"])
+def test_dciodvfy_finds_no_error_in_mr(kind: str, origin: str, tmp_path: Path) -> None:
+    from pydicom.data import get_testdata_file
+
+    path = mr_series(tmp_path, 2) if origin in ("series", "nobody") else Path(str(get_testdata_file(origin, download=False)))
+    source = read(path)
+    write(image(source), tmp_path / "out", None if origin == "nobody" else source, **{**HOW, "kind": kind, "simulated": kind != "TV"})
+    assert errors_of(tmp_path / "out" / "0001.dcm") == []

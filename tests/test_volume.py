@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from deft_med.volume import Scan, Volume
-from operators.geometry import FanBeam, Grid, ParallelBeam, uniform_angles
+from deft_med.volume import Scan, Volume, central
+from operators.geometry import Cartesian, FanBeam, Grid, ParallelBeam, Trajectory, uniform_angles
 
 AFFINE = np.array([[0.7, 0.0, 0.1, -60.0], [0.0, 0.5, 0.0, 12.0], [-0.1, 0.0, 2.5, 7.0], [0, 0, 0, 1]])
 
@@ -150,3 +150,78 @@ def test_a_scan_refuses(fields: dict, words: str) -> None:
 def test_values_load_no_torch() -> None:
     code = "import sys, deft_med.volume, deft_med.io.dicom, deft_med.io.arrays; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- MR
+MASK = np.arange(6)[None] % 2 == np.zeros((5, 1))
+CARTESIAN = Cartesian.of(MASK)
+MR_GRID = Grid(shape=(5, 6), spacing=(2.0, 1.0))
+K = np.where(MASK, np.ones((2, 3, 5, 6)) + 2j, 0)
+
+
+def test_an_mr_scan_from_plain_numpy() -> None:
+    scan = Scan(K, CARTESIAN, MR_GRID, 0.1, maps=np.ones((2, 3, 5, 6), complex), crop=(4, 3))
+    assert scan.modality == "MR" and scan.y.dtype == np.complex64 and scan.picture == (4, 3)
+    assert scan.maps is not None and scan.maps.dtype == np.complex64
+    assert Scan(K[0], CARTESIAN, MR_GRID).y.shape == (1, 3, 5, 6) and Scan(K[0], CARTESIAN, MR_GRID).picture == (5, 6)
+    assert Scan(np.zeros((5, 7)), BEAM, GRID).modality == "CT"
+
+
+def test_points_along_a_trajectory() -> None:
+    path = Trajectory.of((5, 6), np.linspace(-3, 3, 14).reshape(7, 2))
+    scan = Scan(np.ones((3, 7), complex), path, MR_GRID)
+    assert scan.y.shape == (1, 3, 7) and scan.modality == "MR"
+    with pytest.raises(ValueError, match=r"\[slice, coil, sample\] ending in \(7,\)"):
+        Scan(np.ones((3, 8), complex), path, MR_GRID)
+
+
+@pytest.mark.parametrize(("length", "part"), [(6, 4), (6, 3), (5, 4), (5, 3), (7, 7), (8, 1)])
+def test_the_central_part_keeps_the_centre(length: int, part: int) -> None:
+    line = np.arange(length)
+    cut = central(line, (part,))
+    assert len(cut) == part and cut[part // 2] == length // 2
+    square = central(np.arange(length * 9).reshape(1, length, 9), (part, 9))
+    assert square.shape == (1, part, 9)
+    with pytest.raises(ValueError, match="central part of"):
+        central(line, (length + 1,))
+
+
+def test_the_picture_lies_where_the_grid_has_it() -> None:
+    scan = Scan(K, CARTESIAN, MR_GRID, affine=AFFINE, crop=(2, 3))
+    # column 3 // 2 of the picture is column 6 // 2 of the grid, and so for the rows
+    np.testing.assert_allclose(scan.lps @ [1, 1, 0, 1], AFFINE @ [3, 2, 0, 1])
+    nowhere = Scan(K, CARTESIAN, MR_GRID, crop=(2, 3))
+    np.testing.assert_allclose(nowhere.lps @ [1, 0.5, 0, 1], [0, 0, 0, 1])
+    assert Scan(K, CARTESIAN, MR_GRID, crop=(2, 3), reference=Volume(np.ones((2, 2, 3)), AFFINE, "a.u.")).reference is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(y=K.real), "Scan.y must hold complex numbers"),
+        (dict(y=K * np.nan), "Scan.y must be finite"),
+        (dict(y=K * 1e39), "Scan.y must be finite"),
+        (dict(y=K[..., :5]), r"Scan.y must be \[slice, coil, ky, kx\] ending in \(5, 6\)"),
+        (dict(y=K[0, 0]), "Scan.y must be"),
+        (dict(y=K[:0]), "Scan.y must be"),
+        (dict(y=K + 1), "exactly 0 where the mask"),
+        (dict(grid=GRID), "Scan.grid must have the shape"),
+        (dict(maps=np.ones((2, 3, 5, 6))), "Scan.maps must hold complex"),
+        (dict(maps=np.ones((1, 3, 5, 6), complex)), "Scan.maps must have shape"),
+        (dict(crop=(6, 6)), "Scan.crop must lie within"),
+        (dict(crop=(0, 6)), "Scan.crop must lie within"),
+        (dict(crop=(4, 6), reference=Volume(np.zeros((2, 5, 6)), AFFINE)), "Scan.reference must have shape"),
+        (dict(noise=-1.0), "must be positive"),
+        (dict(noise=np.ones((4, 1, 1, 1))), "must broadcast"),
+        (dict(acquisition="radial"), "Scan.acquisition must be"),
+    ],
+)
+def test_an_mr_scan_refuses(fields: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Scan(**{"y": K, "acquisition": CARTESIAN, "grid": MR_GRID, **fields})
+
+
+@pytest.mark.parametrize("fields", [dict(maps=K), dict(crop=(2, 2))])
+def test_a_ct_scan_has_no_mr_fields(fields: dict) -> None:
+    with pytest.raises(ValueError, match="Scan.maps and Scan.crop are of MR"):
+        Scan(np.zeros((5, 7)), BEAM, GRID, **fields)

@@ -30,20 +30,24 @@ def example(name: str) -> Path:
     return Path(str(file))
 
 
-def read(path: str | Path, *, allow_lossy: bool = False, max_bytes: int = MAX_BYTES) -> Source:
-    """A scan from a DICOM file, a folder of one CT series, a NIfTI file or a sinogram.npz, told apart by content.
+def read(path: str | Path, *, allow_lossy: bool = False, max_bytes: int = MAX_BYTES, modality: str | None = None) -> Source:
+    """A scan from a DICOM file or folder, a NIfTI file, a sinogram.npz or k-space (fastMRI, ISMRMRD, .npy), told apart by content.
 
     Args:
         path: a DICOM file is that slice alone; its folder is the series.
+        modality: "CT" or "MR" for a NIfTI file, which does not say; `deft_med.io.nifti` has the rule without it.
         allow_lossy: take images that went through lossy compression; `Source.lossy` records it.
         max_bytes: limit for the decoded volume.
 
     Raises:
+        ValueError: another modality.
         UsageError: no such path, or a pipe, socket or device.
         UnsupportedError: readable, but not for us.
         CorruptError: broken bytes.
         ResourceError: more than ``max_bytes``, or a file that inflates without end.
     """
+    if modality not in (None, "CT", "MR"):
+        raise ValueError(f"modality must be 'CT', 'MR' or None, got {modality!r}")
     path = Path(path)
     kind = "folder" if stat.S_ISDIR(regular(path).st_mode) else kind_of(path)
     if kind in ("folder", "dicom"):
@@ -55,9 +59,17 @@ def read(path: str | Path, *, allow_lossy: bool = False, max_bytes: int = MAX_BY
         from deft_med.io import arrays
 
         return arrays.read(path, max_bytes=max_bytes)
+    if kind == "hdf5":
+        from deft_med.io import hdf5
+
+        return hdf5.read(path, max_bytes=max_bytes)
+    if kind == "npy":
+        from deft_med.io import kspace
+
+        return kspace.read(path, max_bytes=max_bytes)
     from deft_med.io import nifti
 
-    return nifti.read(path, max_bytes=max_bytes)
+    return nifti.read(path, max_bytes=max_bytes, modality=modality)
 
 
 def write(
@@ -77,22 +89,26 @@ def write(
     """``volume`` as a DICOM series in the folder ``path`` (made if absent) or as the NIfTI file ``path``; returns the pixels clipped.
 
     Args:
-        volume: [slice, row, column] HU on its own grid; the slices are those of ``like``.
-        like: the source; its headers give a DICOM series its patient, study and frame of reference.
+        volume: [slice, row, column] on its own grid; the slices are those of ``like``. DICOM takes "HU" (CT) and "a.u." (MR).
+        like: the source; its headers give a DICOM series its patient, study and frame of reference. Without headers, but with a
+            place in the patient, DICOM is a new study of nobody.
         format: "dicom" or "nifti".
-        kind: "DEFT", "FBP", "TV" or "STDDEV".
+        kind: "DEFT", "FBP", "TV", "STDDEV", "ZERO_FILLED", "CG_SENSE" or "WAVELET" (for NIfTI any word, as "PHASE").
         description, derivation, uid_entropy, when: see `deft_med.io.dicom_write.write_series`.
         simulated: the measurements were computed from an image; every output says so.
         about: more for the JSON beside a NIfTI file; no patient data.
 
     Raises:
         ValueError: another format, or arguments that do not fit each other.
+        UsageError: DICOM of a source whose place in the patient is not known.
         OutputError, ResourceError: not writable, or the disk is full.
     """
     path = Path(path)
     if format == "dicom":
         from deft_med.io.dicom_write import write_series
 
+        if like is not None and like.modality == "MR" and not like.placed:
+            raise UsageError("the source gives no place in the patient, which DICOM needs: nothing written; say --format nifti")
         with writing("the output folder"):
             path.mkdir(exist_ok=True)
         return write_series(
@@ -102,6 +118,8 @@ def write(
     if format == "nifti":
         from deft_med.io import nifti
 
-        nifti.write(volume, path, about={"Kind": kind, "Simulated": simulated, "Description": description, **(about or {})})
+        known = {} if like is None else {"placed": like.placed, "sized": like.sized}
+        words = {"Kind": kind, "Simulated": simulated, "Description": description, **(about or {})}
+        nifti.write(volume, path, about=words, **known)
         return 0
     raise ValueError(f"format must be 'dicom' or 'nifti', got {format!r}")

@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import hashlib
+import tokenize
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +33,7 @@ from operators.geometry import FanBeam, Grid, ParallelBeam
 
 REQUIRED = ("y", "angles", "pitch", "grid_shape", "grid_spacing")
 OPTIONAL = ("geometry", "detectors", "offset", "source_origin", "origin_detector", "curved", "noise", "affine", "simulated")
+UNREADABLE = (SyntaxError, tokenize.TokenError)  # what numpy throws at a damaged .npy header, beside ValueError
 MOST_TURNS = 4 * np.pi
 HIGHEST_LINE = 100.0
 
@@ -139,9 +141,9 @@ def _arrays(path: Path, max_bytes: int) -> dict[str, np.ndarray]:
 
 
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> np.ndarray:
-    what, also = f"{key} in the sinogram.npz", (zipfile.BadZipFile,)
+    what, also = f"{key} in the sinogram.npz", (zipfile.BadZipFile, *UNREADABLE)
     with broken(what, also=also), archive.open(member) as stream:
-        shape, dtype = _npy_header(stream)
+        shape, dtype = npy_header(stream)
         held = dtype.hasobject or np.prod([float(n) for n in shape]) * dtype.itemsize <= member.file_size
     if dtype.hasobject:
         raise UnsupportedError(f"{what} holds pickled objects, which are never loaded; save plain arrays")
@@ -151,7 +153,8 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> np.n
         return np.lib.format.read_array(stream, allow_pickle=False)
 
 
-def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+def npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """(shape, dtype) of the .npy file that a stream is at the start of; it stands behind the header then."""
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(stream)

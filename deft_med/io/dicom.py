@@ -1,4 +1,4 @@
-"""CT images from DICOM: one file is one slice, a folder is one series, and nothing about its geometry is guessed."""
+"""CT and MR images from DICOM: one file is one slice, a folder is one series, and nothing about its geometry is guessed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,25 @@ from pydicom.dataset import Dataset
 
 from deft_med.errors import CorruptError, DeftMedError, ResourceError, UnsupportedError
 from deft_med.io.gate import MAX_BYTES, broken, kind_of, regular
-from deft_med.io.header import DICOMDIR, UNREADABLE, Plane, check_slice, dataset, is_lossy, kind_name, quiet_pydicom, rescale, text, whole
+from deft_med.io.header import (
+    DICOMDIR,
+    UNREADABLE,
+    Plane,
+    check_slice,
+    dataset,
+    is_lossy,
+    is_mr,
+    kind_name,
+    quiet_pydicom,
+    rescale,
+    text,
+    whole,
+)
 from deft_med.io.source import Source
 from deft_med.volume import Volume
 
 AIR = -1024.0  # HU of what lies outside the scan
+PHASE_LIKE = 0.1  # an MR image whose lowest value is further below 0 than this share of its highest is no magnitude
 NO_TISSUE = -1500.0  # HU: no measured attenuation is so low; some scanners mark the outside so without saying it
 MOST_FILES = 20_000
 TILT = np.tan(np.radians(0.05))
@@ -31,12 +45,12 @@ def read_file(path: Path, *, allow_lossy: bool = False, max_bytes: int = MAX_BYT
 
 
 def read_folder(folder: Path, *, allow_lossy: bool = False, max_bytes: int = MAX_BYTES) -> Source:
-    """The one CT series in a folder and its subfolders, sorted along the slices' normal (PS3.3 C.7.6.2.1.1).
+    """The one CT or MR series in a folder and its subfolders, sorted along the slices' normal (PS3.3 C.7.6.2.1.1).
 
     Files that are not DICOM are passed over and counted.
 
     Raises:
-        UnsupportedError: no DICOM inside, several series, an image that is not an axial CT slice, missing or duplicated or tilted slices.
+        UnsupportedError: no DICOM inside, several series, no axial CT slice or MR magnitude, missing or duplicated or tilted slices.
         CorruptError: an empty, truncated or damaged DICOM file.
         ResourceError: more files or bytes than allowed.
         UsageError: a pipe, socket or device in the folder.
@@ -56,7 +70,7 @@ def read_folder(folder: Path, *, allow_lossy: bool = False, max_bytes: int = MAX
         paths += [path] if found else []
         others += not found
     if not paths:
-        raise UnsupportedError(f"the folder holds no DICOM file ({others} other files); give the folder of one CT series")
+        raise UnsupportedError(f"the folder holds no DICOM file ({others} other files); give the folder of one series")
     names = [f"file {index + 1} of {len(paths)}" for index in range(len(paths))]
     source = _read(paths, what=names, allow_lossy=allow_lossy, max_bytes=max_bytes)
     return source if not others else _noted(source, f"{others} files that are not DICOM passed over")
@@ -94,23 +108,28 @@ def _read(paths: list[Path], *, what: list[str], allow_lossy: bool, max_bytes: i
         data = np.empty((len(order), rows, columns), np.float32)
     outside = 0
     for position, k in enumerate(order):
-        data[position], count = _hounsfield(paths[k], what[k], headers[k])
+        data[position], count = _values(paths[k], what[k], headers[k])
         outside += count
     if data.min() == data.max():
         raise UnsupportedError("every pixel of the image has the same value; there is nothing to reconstruct")
+    mr = is_mr(headers[order[0]])
     notes = []
     if len(keep) > len(kept):
         notes.append(f"{len(keep) - len(kept)} identical copies passed over")
     if outside:
-        notes.append(f"{outside} pixels outside the scan set to {AIR:.0f} HU")
-    if data.min() > -500:
+        notes.append(f"{outside} pixels outside the scan set to {'0' if mr else f'{AIR:.0f} HU'}")
+    if mr and data.min() < -PHASE_LIKE * data.max():
+        low, high = float(data.min()), float(data.max())
+        raise UnsupportedError(f"the MR image goes from {low:.4g} to {high:.4g}, so it is no magnitude; give the magnitude series")
+    if not mr and data.min() > -500:
         notes.append("no air (nothing below -500 HU): are these CT numbers?")
     lossy = any(is_lossy(headers[k]) for k in order)
     if lossy:
         notes.append("source with lossy compression")
     digest = hashlib.sha256("".join(digests[k] for k in order).encode()).hexdigest()
     kept_headers = [_public(headers[k]) for k in order]
-    return Source("dicom", volume=Volume(data, affine, "HU"), headers=kept_headers, lossy=lossy, digest=digest, notes=tuple(notes))
+    volume = Volume(data, affine, "a.u." if mr else "HU")
+    return Source("dicom", volume=volume, headers=kept_headers, lossy=lossy, digest=digest, notes=tuple(notes))
 
 
 def _check_one_series(headers: list[Dataset]) -> None:
@@ -118,7 +137,7 @@ def _check_one_series(headers: list[Dataset]) -> None:
     if len(set(series)) > 1:
         groups = Counter((uid, kind_name(h)) for uid, h in zip(series, headers, strict=True))
         found = ", ".join(f"{count} x {kind}" for (_, kind), count in groups.most_common(6))
-        raise UnsupportedError(f"the folder holds {len(set(series))} series ({found}); give a folder with one CT series, or one file")
+        raise UnsupportedError(f"the folder holds {len(set(series))} series ({found}); give a folder with one series, or one file")
 
 
 def _without_copies(headers: list[Dataset], digests: list[str], keep: list[int]) -> list[int]:
@@ -135,8 +154,8 @@ def _without_copies(headers: list[Dataset], digests: list[str], keep: list[int])
 def _check_alike(headers: list[Dataset], planes: dict[int, Plane], kept: list[int]) -> None:
     first = kept[0]
     for k in kept[1:]:
-        for keyword, name in (("Rows", "rows"), ("Columns", "columns"), ("PatientID", "patient"), ("StudyInstanceUID", "study"),
-                              ("FrameOfReferenceUID", "frame of reference")):  # fmt: skip
+        for keyword, name in (("SOPClassUID", "kind"), ("Rows", "rows"), ("Columns", "columns"), ("PatientID", "patient"),
+                              ("StudyInstanceUID", "study"), ("FrameOfReferenceUID", "frame of reference")):  # fmt: skip
             if text(headers[k], keyword) != text(headers[first], keyword):
                 raise UnsupportedError(f"the slices of the series differ in {name}; give one consistent series")
         a, b = planes[first], planes[k]
@@ -185,8 +204,8 @@ def _stack(planes: dict[int, Plane], kept: list[int]) -> tuple[list[int], NDArra
     return order, affine
 
 
-def _hounsfield(path: Path, what: str, header: Dataset) -> tuple[NDArray[np.float32], int]:
-    """HU of one slice, float32 [row, column], and how many of its pixels lie outside the scan (set to AIR).
+def _values(path: Path, what: str, header: Dataset) -> tuple[NDArray[np.float32], int]:
+    """HU or a.u. of one slice, float32 [row, column], and how many of its pixels lie outside the scan (set to AIR, or 0 in MR).
 
     Pixel Padding (PS3.3 C.7.5.1.1.2) is compared with the stored values, before the rescale, with the sign that they have.
     """
@@ -199,13 +218,14 @@ def _hounsfield(path: Path, what: str, header: Dataset) -> tuple[NDArray[np.floa
         raise CorruptError(f"{what} is damaged: its pixels decode to another shape than its header says; export it again")
     slope, intercept = rescale(header, what)
     values = stored.astype(np.float64) * slope + intercept
-    outside = values < NO_TISSUE
+    mr = is_mr(header)
+    outside = np.zeros(values.shape, bool) if mr else values < NO_TISSUE
     padding, limit = whole(full, "PixelPaddingValue"), whole(full, "PixelPaddingRangeLimit")
     if padding is not None:
         bounds = sorted(_signed(v, stored.dtype) for v in (padding, padding if limit is None else limit))
         outside |= (stored >= bounds[0]) & (stored <= bounds[1])
-    values[outside] = AIR
-    if values.max() > 1e6:
+    values[outside] = 0.0 if mr else AIR
+    if not mr and values.max() > 1e6:
         raise UnsupportedError(f"{what} holds values up to {values.max():.3g} HU; those are no CT numbers")
     return values.astype(np.float32), int(outside.sum())
 

@@ -1,7 +1,10 @@
-"""Derived CT series: a new object made from a whitelist of the source's attributes, so that nothing travels by accident.
+"""Derived CT and MR series: a new object made from a whitelist of the source's attributes, so that nothing travels by accident.
 
-Module by module after PS3.3 A.3 (CT Image IOD); patient, study and frame of reference stay, series and instances are new. UIDs are
-derived from what made the pixels (PS3.5 B.2, UUID form), so that the same run twice names the same objects.
+Module by module after PS3.3 A.3 (CT Image IOD) and A.4 (MR Image IOD); patient, study and frame of reference stay, series and
+instances are new. UIDs are derived from what made the pixels (PS3.5 B.2, UUID form), so that the same run twice names the same objects.
+
+CT is stored as int16 HU. MR has no unit and no Modality LUT: it is stored as whole steps from 0, the source's own steps where the
+values fit them; Real World Value Mapping says what a step is worth.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as Items
 from pydicom.uid import ExplicitVRLittleEndian
@@ -21,14 +25,14 @@ from pydicom.valuerep import format_number_as_ds
 
 from deft_med import __version__
 from deft_med.io.gate import writing
-from deft_med.io.header import CT_IMAGE, UNREADABLE, is_lossy, numbers, quiet_pydicom, text, whole
+from deft_med.io.header import CT_IMAGE, MR_IMAGE, UNREADABLE, is_lossy, numbers, quiet_pydicom, text, whole
 from deft_med.volume import Volume
 
 IMPLEMENTATION = f"2.25.{uuid.uuid5(uuid.NAMESPACE_DNS, 'deft_med').int}"
 SIMULATED = "simulated acquisition, not for clinical use"
 RESEARCH = "research use only, not for clinical use"
 SLOPE = {"STDDEV": 0.1}  # HU per stored step; 1 for the others
-SERIES = {"DEFT": 1, "FBP": 2, "TV": 3, "STDDEV": 4}  # series number = 100 x source + this
+SERIES = {"DEFT": 1, "FBP": 2, "TV": 3, "STDDEV": 4, "ZERO_FILLED": 5, "CG_SENSE": 6, "WAVELET": 7}  # series number = 100 x source + this
 
 # Copied where present, not empty and readable: of the whole series from its first slice, of an image from its own source.
 OF_SERIES = """
@@ -40,15 +44,26 @@ OF_SERIES = """
 """.split()
 OF_IMAGE = """
     AcquisitionDate AcquisitionTime AcquisitionNumber BurnedInAnnotation RecognizableVisualFeatures
-    LossyImageCompressionRatio LossyImageCompressionMethod ContrastBolusAgent ContrastBolusRoute ContrastBolusVolume
-    KVP ScanOptions DataCollectionDiameter ReconstructionDiameter DistanceSourceToDetector DistanceSourceToPatient GantryDetectorTilt
-    TableHeight RotationDirection ExposureTime XRayTubeCurrent Exposure FilterType FocalSpots SpiralPitchFactor SliceThickness
+    LossyImageCompressionRatio LossyImageCompressionMethod ContrastBolusAgent ContrastBolusRoute ContrastBolusVolume SliceThickness
 """.split()
-# Type 2 of the CT Image IOD: present even where nothing is known.
+OF_CT = """
+    KVP ScanOptions DataCollectionDiameter ReconstructionDiameter DistanceSourceToDetector DistanceSourceToPatient GantryDetectorTilt
+    TableHeight RotationDirection ExposureTime XRayTubeCurrent Exposure FilterType FocalSpots SpiralPitchFactor
+""".split()
+OF_MR = """
+    ScanningSequence SequenceVariant ScanOptions MRAcquisitionType SequenceName AngioFlag RepetitionTime EchoTime InversionTime FlipAngle
+    NumberOfAverages ImagingFrequency ImagedNucleus EchoNumbers MagneticFieldStrength NumberOfPhaseEncodingSteps PercentSampling
+    PercentPhaseFieldOfView EchoTrainLength PixelBandwidth ReceiveCoilName TransmitCoilName AcquisitionMatrix
+    InPlanePhaseEncodingDirection VariableFlipAngleFlag SAR
+""".split()
+# Type 2 of both Image IODs: present even where nothing is known.
 ALWAYS = """
     PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime ReferringPhysicianName StudyID AccessionNumber
-    PatientPosition PositionReferenceIndicator AcquisitionNumber KVP
+    PatientPosition PositionReferenceIndicator AcquisitionNumber
 """.split()
+ALWAYS_CT = ["KVP"]
+ALWAYS_MR = "ScanOptions MRAcquisitionType RepetitionTime EchoTime EchoTrainLength".split()
+STEPS, COARSEST = 32767, 1000  # stored steps of an MR image where it is scaled; the least maximum at which the source's steps will do
 # Body parts without sides (PS3.16 Annex L), which must carry no Laterality.
 UNPAIRED = set("""
     ABDOMEN ABDOMENPELVIS AORTA BLADDER BRAIN CHEST CHESTABDOMEN CHESTABDPELVIS COCCYX COLON CSPINE CTSPINE ESOPHAGUS FACE HEAD HEADNECK
@@ -70,13 +85,13 @@ def write_series(
     uid_entropy: Iterable[str],
     when: datetime | None = None,
 ) -> int:
-    """Writes ``volume`` as single-frame CT images 0001.dcm, 0002.dcm, ... into a folder; returns how many pixels were clipped.
+    """Writes ``volume`` as single-frame CT ("HU") or MR ("a.u.") images 0001.dcm, ... into a folder; returns how many pixels were clipped.
 
     Args:
-        volume: [slice, row, column] HU; stored as int16, rounded (steps of 0.1 HU for STDDEV).
+        volume: [slice, row, column]; HU as int16, rounded (steps of 0.1 HU for STDDEV); a.u. as uint16, negative values clipped.
         folder: where the files go; it exists and is the caller's.
         headers: one source dataset for each slice, in order; none at all makes a new study without a patient.
-        kind: DEFT, FBP, TV or STDDEV: the last value of Image Type.
+        kind: a key of SERIES: the last value of Image Type.
         description: for Series Description, after a prefix that says research (and simulated); cut at 64 characters.
         derivation: Derivation Description, cut at 1024 characters.
         simulated: the measurements were computed from an image.
@@ -84,32 +99,41 @@ def write_series(
         when: time of creation; now by default.
 
     Raises:
-        ValueError: another number of headers than slices, an unknown kind, another unit than HU.
+        ValueError: another number of headers than slices, or of the other modality; an unknown kind or unit.
         OutputError, ResourceError: not writable, or the disk is full.
     """
     if headers and len(headers) != len(volume.data):
         raise ValueError(f"write_series needs a header for each slice: {len(volume.data)} slices, {len(headers)} headers")
     if kind not in SERIES:
         raise ValueError(f"kind must be one of {', '.join(SERIES)}, got {kind!r}")
-    if volume.unit != "HU":
-        raise ValueError(f"a CT series is written in HU, got {volume.unit!r}")
-    slope = SLOPE.get(kind, 1.0)
+    if volume.unit not in ("HU", "a.u."):
+        raise ValueError(f"a CT series is written in HU and an MR series in 'a.u.', got {volume.unit!r}")
+    mr = volume.unit == "a.u."
+    if headers and text(headers[0], "SOPClassUID") != (MR_IMAGE if mr else CT_IMAGE):
+        raise ValueError(f"the headers are of another modality than a volume in {volume.unit!r}")
+    slope = _mr_slope(volume, kind, own=bool(headers)) if mr else SLOPE.get(kind, 1.0)
     steps = np.rint(volume.data.astype(np.float64) / slope)
-    stored = np.clip(steps, -32768, 32767).astype("<i2")
+    stored = np.clip(steps, 0, 65535).astype("<u2") if mr else np.clip(steps, -32768, 32767).astype("<i2")
     pixels = hashlib.sha256(stored.tobytes()).hexdigest()
     entropy = [*uid_entropy, kind, str(simulated), description, derivation, pixels, repr(volume.affine.tolist())]
     series = _uid("series", *entropy, *(text(h, "SOPInstanceUID") for h in headers))
     now = _now(headers[0] if headers else Dataset(), when)
     with quiet_pydicom():
-        common = _series(headers[0] if headers else Dataset(), kind, simulated, series, now)
+        common = _series(headers[0] if headers else Dataset(), kind, simulated, series, now, mr=mr)
+        window = _percentiles(stored) if mr else None
         common.SeriesDescription = _ascii(f"{'SIMULATED RESEARCH' if simulated else 'RESEARCH'} deft_med {description}")[:64].strip()
         common.DerivationDescription = _ascii(derivation)[:1024]
         for index, image in enumerate(stored):
             ds = copy.deepcopy(common)
-            _image(ds, headers[index] if headers else Dataset(), volume, index, kind)
+            source = headers[index] if headers else Dataset()
+            _image(ds, source, volume, index, kind)
+            if mr:
+                _mr_pixels(ds, source, slope, window)
+            else:
+                _ct_pixels(ds, source, kind)
             ds.SOPInstanceUID = _uid("instance", series, str(index))
             ds.PixelData = image.tobytes()
-            ds.file_meta = _file_meta(ds.SOPInstanceUID)
+            ds.file_meta = _file_meta(ds)
             with writing("the DICOM series"):
                 ds.save_as(folder / f"{index + 1:04d}.dcm", enforce_file_format=True, overwrite=False)
     return int((steps != stored).sum())
@@ -140,7 +164,7 @@ def _code(value: str, meaning: str, scheme: str = "DCM") -> Dataset:
     return item
 
 
-def _series(source: Dataset, kind: str, simulated: bool, series: str, now: datetime) -> Dataset:
+def _series(source: Dataset, kind: str, simulated: bool, series: str, now: datetime, *, mr: bool) -> Dataset:
     """What all images of the new series share: patient, study, series, frame of reference, equipment, SOP common."""
     ds = Dataset()
     _copy(ds, source, OF_SERIES)
@@ -153,27 +177,24 @@ def _series(source: Dataset, kind: str, simulated: bool, series: str, now: datet
     for name in ("InstanceCreation", "Series", "Content"):
         setattr(ds, f"{name}Date", now.strftime("%Y%m%d"))
         setattr(ds, f"{name}Time", now.strftime("%H%M%S"))
-    ds.SOPClassUID, ds.Modality, ds.SeriesInstanceUID = CT_IMAGE, "CT", series
+    ds.SOPClassUID, ds.Modality, ds.SeriesInstanceUID = MR_IMAGE if mr else CT_IMAGE, "MR" if mr else "CT", series
     number = whole(source, "SeriesNumber") or 0
     ds.SeriesNumber = (number if 0 <= number < 10**7 else 0) * 100 + SERIES[kind]
     ds.Manufacturer, ds.ManufacturerModelName, ds.SoftwareVersions = "deft_med", "deft_med", __version__
     ds.ContributingEquipmentSequence = Items(_equipment(source))
-    ds.ImageType = ["DERIVED", "SECONDARY", "AXIAL", *(["SIMULATED"] if simulated else []), kind]
+    ds.ImageType = ["DERIVED", "SECONDARY", "OTHER" if mr else "AXIAL", *(["SIMULATED"] if simulated else []), kind]
     ds.ImageComments = SIMULATED if simulated else RESEARCH
-    if kind in ("DEFT", "TV"):
+    if kind in ("DEFT", "TV", "CG_SENSE", "WAVELET"):
         # CID 7203 has no code for a reconstruction; this one of CID 10033 is the closest true statement
         ds.DerivationCodeSequence = Items([_code("113963", "Iterative Reconstruction")])
     return ds
 
 
 def _image(ds: Dataset, source: Dataset, volume: Volume, index: int, kind: str) -> None:
-    """What one image says of itself: number, acquisition, source, plane and pixels."""
+    """What one image says of itself: number, acquisition, source, plane and matrix."""
     _copy(ds, source, OF_IMAGE)
-    for keyword in ALWAYS:
-        if keyword not in ds:
-            setattr(ds, keyword, None)
+    _present(ds, ALWAYS)
     ds.InstanceNumber = index + 1
-    ds.ConvolutionKernel = kind
     ds.LossyImageCompression = "01" if is_lossy(source) else "00"
     if text(source, "SOPInstanceUID"):
         item = Dataset()
@@ -191,10 +212,59 @@ def _image(ds: Dataset, source: Dataset, volume: Volume, index: int, kind: str) 
         ds.SpacingBetweenSlices = _ds(dz)
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     ds.Rows, ds.Columns = volume.shape[1:]
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
+
+
+def _ct_pixels(ds: Dataset, source: Dataset, kind: str) -> None:
+    """What the stored values of a CT image are, and how they were measured."""
+    _copy(ds, source, OF_CT)
+    _present(ds, ALWAYS_CT)
+    ds.ConvolutionKernel, ds.PixelRepresentation = kind, 1
     # the spread is in HU, but is no HU value: Rescale Type says "unspecified"
     ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = _ds(0.0), _ds(SLOPE.get(kind, 1.0)), "US" if kind == "STDDEV" else "HU"
     ds.WindowCenter, ds.WindowWidth = _window(source, kind)
+
+
+def _mr_pixels(ds: Dataset, source: Dataset, slope: float, window: tuple[float, float] | None) -> None:
+    """What the stored values of an MR image are, and how they were measured; without a source the sequence is "research mode"."""
+    _copy(ds, source, OF_MR)
+    ds.ScanningSequence = ds.get("ScanningSequence") or "RM"
+    ds.SequenceVariant = ds.get("SequenceVariant") or "NONE"
+    _present(ds, ALWAYS_MR)
+    if "IR" in text(ds, "ScanningSequence").split("\\"):
+        _present(ds, ["InversionTime"])
+    elif "InversionTime" in ds:  # type 2C: of inversion recovery only
+        del ds.InversionTime
+    ds.PixelRepresentation = 0
+    mapping = Dataset()
+    mapping.add_new("RealWorldValueFirstValueMapped", "US", 0)
+    mapping.add_new("RealWorldValueLastValueMapped", "US", 65535)
+    mapping.RealWorldValueIntercept, mapping.RealWorldValueSlope = 0.0, slope
+    mapping.LUTExplanation, mapping.LUTLabel = "magnitude in arbitrary units", "a.u."
+    mapping.MeasurementUnitsCodeSequence = Items([_code("[arb'U]", "arbitrary unit", "UCUM")])
+    ds.RealWorldValueMappingSequence = Items([mapping])
+    assert window is not None
+    ds.WindowCenter, ds.WindowWidth = _ds(window[0]), _ds(window[1])
+
+
+def _mr_slope(volume: Volume, kind: str, *, own: bool) -> float:
+    """What a stored step is worth: 1 (the source's ``own``) where the values are large enough for it, else the maximum in STEPS."""
+    top = float(volume.data.max())
+    if own and kind != "STDDEV" and COARSEST <= top <= 65535:
+        return 1.0
+    return top / STEPS if top > 0 else 1.0
+
+
+def _percentiles(stored: NDArray[np.uint16]) -> tuple[float, float]:
+    """Window centre and width of an MR series from its 1st to its 99th percentile, in stored steps."""
+    low, high = np.percentile(stored, [1, 99])
+    return float(np.round((low + high) / 2)), float(max(1.0, np.round(high - low)))
+
+
+def _present(ds: Dataset, keywords: Iterable[str]) -> None:
+    for keyword in keywords:
+        if keyword not in ds:
+            setattr(ds, keyword, None)
 
 
 def _orientation(source: Dataset, volume: Volume) -> list[str]:
@@ -232,9 +302,10 @@ def _equipment(source: Dataset) -> list[Dataset]:
     return [scanner, program]
 
 
-def _file_meta(instance: str) -> FileMetaDataset:
+def _file_meta(ds: Dataset) -> FileMetaDataset:
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = CT_IMAGE, instance, ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.ImplementationClassUID, meta.ImplementationVersionName = IMPLEMENTATION, f"DEFT_MED_{__version__}"[:16]
     return meta
 

@@ -7,6 +7,7 @@ are inflated in pieces up to a cap, and what a library throws at broken bytes be
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import struct
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deft_med.errors import CorruptError, OutputError, ResourceError, UnsupportedError, UsageError
+from deft_med.io import vendor
 
 MAX_BYTES = 4 * 2**30  # of one decoded volume
 FILE_BYTES = 2**30  # of one DICOM file as it lies
@@ -32,7 +34,7 @@ BROKEN = (
 # Files that people hand over under another name; each is whole, and none is a scan.
 PICTURES = {
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture", b"%PDF": "a PDF document",
-    b"\x89HDF": "an HDF5 file (MR k-space is not supported yet)", b"II*\0": "a TIFF picture", b"MM\0*": "a TIFF picture",
+    b"II*\0": "a TIFF picture", b"MM\0*": "a TIFF picture",
 }  # fmt: skip
 NRRD, META = b"NRRD", b"ObjectType"
 
@@ -42,7 +44,7 @@ def regular(path: Path, what: str = "the input") -> os.stat_result:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise UsageError(f"{what}: no such path; give a DICOM file, a folder of one series, a NIfTI file or sinogram.npz") from None
+        raise UsageError(f"{what}: no such path; give a DICOM file or folder, NIfTI, sinogram.npz, or k-space (.h5, .npy)") from None
     except (OSError, ValueError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "not a path"
         raise UsageError(f"{what} cannot be looked at: {reason}") from None
@@ -63,14 +65,14 @@ def content(path: Path, count: int = 0) -> bytes:
 
 
 def kind_of(path: Path, what: str = "the input") -> str:
-    """What a regular file is by its first bytes: "dicom", "nifti", "gzip" or "zip".
+    """What a regular file is by its first bytes: "dicom", "nifti", "gzip", "zip", "hdf5" or "npy".
 
     Raises:
         CorruptError: empty, text, or bytes of no kind known here.
-        UnsupportedError: a picture, a document, HDF5, a headerless DICOM dataset, a detached NIfTI header.
+        UnsupportedError: a picture, a document, a scanner's raw data, a headerless DICOM dataset, a detached NIfTI header.
     """
     head = content(path, 544)
-    wanted = "expected a DICOM file, a NIfTI file or sinogram.npz"
+    wanted = "expected DICOM, NIfTI, sinogram.npz or k-space (.h5, .npy)"
     if not head:
         raise CorruptError(f"{what} is empty (0 bytes); {wanted}: copy or export it again")
     if head[128:132] == b"DICM":
@@ -79,6 +81,10 @@ def kind_of(path: Path, what: str = "the input") -> str:
         return "gzip"
     if head[:4] == b"PK\x03\x04":
         return "zip"
+    if head[:8] == b"\x89HDF\r\n\x1a\n":
+        return "hdf5"
+    if head[:6] == b"\x93NUMPY":
+        return "npy"
     if nifti_version(head):
         return "nifti"
     if head[344:348] == b"ni1\0":
@@ -88,6 +94,12 @@ def kind_of(path: Path, what: str = "the input") -> str:
             raise UnsupportedError(f"{what} is {name}; {wanted}")
     if head[:4] in (b"\x08\0\x05\0", b"\x08\0\0\0", b"\x08\0\x08\0", b"\x02\0\0\0", b"\x02\0\x10\0"):
         raise UnsupportedError(f"{what} looks like a DICOM dataset without the preamble of Part 10; convert it (dcmconv +F) or export it")
+    raw = vendor.by_content(head)
+    if raw:
+        raise UnsupportedError(f"{what} is {raw}")
+    raw = vendor.by_ending(path.suffix)
+    if raw:
+        raise UnsupportedError(f"{what} is of no kind known here; by its name's ending it may be {raw}")
     text = all(byte in b"\t\n\r\f" or byte >= 32 for byte in head)
     raise CorruptError(f"{what} is {'text' if text else 'of no known kind, or damaged'} (no DICM mark, no NIfTI header); {wanted}")
 
@@ -131,6 +143,15 @@ def inflate(data: bytes, *, wbits: int, cap: int, what: str, stop: int | None = 
         data = (inflater.unused_data + data[at:]) if wbits > 15 else b""
         data = data if data[:2] == b"\x1f\x8b" else b""
     return bytes(out)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, read in pieces; UsageError if the system does not give it."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"the input cannot be read: {os.strerror(error.errno or errno.EIO)}") from None
 
 
 @contextmanager

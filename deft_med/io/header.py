@@ -1,7 +1,7 @@
-"""One DICOM header, opened safely and checked: is this a CT slice that we can place and scale?
+"""One DICOM header, opened safely and checked: is this a CT or MR slice that we can place and scale?
 
-The rules are those of PS3.3 C.7.6.2 (plane), C.7.6.3 (pixels), C.8.2.1 and C.11.1 (CT image, Modality LUT). Values are read one by
-one, because pydicom converts them on access and throws then.
+The rules are those of PS3.3 C.7.6.2 (plane), C.7.6.3 (pixels), C.8.2.1, C.8.3.1 and C.11.1 (CT image, MR image, Modality LUT).
+Values are read one by one, because pydicom converts them on access and throws then.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from deft_med.io.gate import BROKEN, FILE_BYTES, INFLATED_BYTES, broken, content
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 RAW_DATA = "1.2.840.10008.5.1.4.1.1.66"
 DICOMDIR = "1.2.840.10008.1.3.10"
-MR = {"1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4"}
-ENHANCED_CT = {"1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"}
+MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
+ENHANCED = {
+    "1.2.840.10008.5.1.4.1.1.2.1": "CT", "1.2.840.10008.5.1.4.1.1.2.2": "CT", "1.2.840.10008.5.1.4.1.1.4.1": "MR",
+    "1.2.840.10008.5.1.4.1.1.4.3": "MR", "1.2.840.10008.5.1.4.1.1.4.4": "MR",
+}  # fmt: skip
 UNREADABLE = (*BROKEN, InvalidDicomError, BytesLengthException)
 # JPEG, near-lossless JPEG-LS, JPEG 2000, HTJ2K and JPEG XL syntaxes that may hold lossy pixels (PS3.5 section 10)
 LOSSY = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 53, 55, 81, 91, 93, 112, 203)}
@@ -37,6 +40,11 @@ LOSSY = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 53, 55, 81, 91, 93, 112, 2
 NOT_A_SLICE = {
     "LOCALIZER", "SCOUT", "MIP", "MINIP", "MIN_IP", "MAX_IP", "MAXIP", "PROJECTION IMAGE", "VOLREN", "SCREEN SAVE", "SCREEN_SAVE",
     "DOSE_INFO", "STDDEV", "PHI_MAP", "PASTED",
+}  # fmt: skip
+# of an MR image: not a magnitude, or several slices in one
+NOT_A_MAGNITUDE = {
+    "P", "PHASE", "PHASE MAP", "PHASE_MAP", "PHASE SUBTRACT", "R", "REAL", "I", "IMAGINARY", "MIXED", "VELOCITY", "VELOCITY MAP", "V",
+    "MOSAIC", "ADC", "FA", "T1 MAP", "T2 MAP", "T2_STAR MAP", "DIFFUSION MAP", "DENSITY MAP",
 }  # fmt: skip
 BIGGEST_SIDE = 8192
 
@@ -147,7 +155,7 @@ def whole(header: Dataset, keyword: str) -> int | None:
 
 
 def check_slice(header: Dataset, what: str, *, allow_lossy: bool) -> Plane:
-    """The place of a CT slice whose header says that its pixels can be read as HU; order of checks: kind, pixels, scale, place.
+    """The place of a slice whose header says that its pixels can be read as HU (CT) or magnitude (MR); order: kind, pixels, scale, place.
 
     Raises:
         UnsupportedError: another kind of object or image, no decoder, lossy without leave, a bad rescale, no or odd geometry.
@@ -169,23 +177,26 @@ def _check_kind(header: Dataset, what: str) -> None:
     sop_class = text(header, "SOPClassUID")
     if not sop_class:
         raise CorruptError(f"{what} is truncated or damaged: its header does not say what kind of object it is; export it again")
-    if sop_class in MR:
-        raise UnsupportedError(f"{what} is an MR image; only CT is supported yet")
-    if sop_class in ENHANCED_CT:
-        raise UnsupportedError(f"{what} is an enhanced (multi-frame) CT; not supported yet: export the series as single slices")
+    if sop_class in ENHANCED:
+        kind = ENHANCED[sop_class]
+        raise UnsupportedError(f"{what} is an enhanced (multi-frame) {kind}; not supported yet: export the series as single slices")
     if sop_class == RAW_DATA:
         raw = any(tag.group in (0x7029, 0x7031, 0x7033) for tag in header.keys())
         kind = "raw CT projections (DICOM-CT-PD)" if raw else "raw scanner data of a private format"
         raise UnsupportedError(f"{what} holds {kind}; not supported yet: give the reconstructed CT series or a sinogram.npz")
     if sop_class == DICOMDIR:
         raise UnsupportedError(f"{what} is a DICOMDIR, an index; give the folder of one series")
-    if sop_class != CT_IMAGE:
-        raise UnsupportedError(f"{what} is not a CT image but {kind_name(header)}; give a CT series")
+    if sop_class not in (CT_IMAGE, MR_IMAGE):
+        raise UnsupportedError(f"{what} is not a CT or MR image but {kind_name(header)}; give a CT or MR series")
     if whole(header, "NumberOfFrames") not in (1, None) or (text(header, "NumberOfFrames") and whole(header, "NumberOfFrames") is None):
-        raise UnsupportedError(f"{what} has several frames (or a frame count that is no number), a CT slice has one; export single slices")
-    odd = sorted({word.strip().upper() for word in text(header, "ImageType").split("\\")} & NOT_A_SLICE)
+        raise UnsupportedError(f"{what} has several frames (or a frame count that is no number), a slice has one; export single slices")
+    words = {word.strip().upper() for word in text(header, "ImageType").split("\\")}
+    odd = sorted(words & NOT_A_SLICE)
     if odd:
-        raise UnsupportedError(f"{what} is no axial CT slice: its Image Type says {', '.join(odd)}; take it out of the series")
+        raise UnsupportedError(f"{what} is no plain slice: its Image Type says {', '.join(odd)}; take it out of the series")
+    odd = sorted((words | {text(header, "ComplexImageComponent").upper()}) & NOT_A_MAGNITUDE) if is_mr(header) else []
+    if odd:
+        raise UnsupportedError(f"{what} is no magnitude of one MR slice: its Image Type says {', '.join(odd)}; give the magnitude series")
 
 
 def _check_pixels(header: Dataset, what: str, *, allow_lossy: bool) -> None:
@@ -198,7 +209,7 @@ def _check_pixels(header: Dataset, what: str, *, allow_lossy: bool) -> None:
         raise UnsupportedError(f"{what} has {rows} x {columns} pixels; a slice has at least 2 x 2")
     samples, photometric = whole(header, "SamplesPerPixel"), text(header, "PhotometricInterpretation")
     if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise UnsupportedError(f"{what} is a colour or palette picture, not one of CT numbers; give the original series")
+        raise UnsupportedError(f"{what} is a colour or palette picture, not one of measured values; give the original series")
     allocated, stored = whole(header, "BitsAllocated"), whole(header, "BitsStored")
     if allocated not in (8, 16, 32) or stored is None or not 1 <= stored <= allocated:
         raise CorruptError(f"{what} is damaged: bits allocated and stored do not fit each other; export it again")
@@ -221,6 +232,11 @@ def decodable(syntax: UID) -> bool:
         return False
 
 
+def is_mr(header: Dataset) -> bool:
+    """Whether the object is a classic MR image."""
+    return text(header, "SOPClassUID") == MR_IMAGE
+
+
 def is_lossy(header: Dataset) -> bool:
     """Whether the pixels were ever compressed with loss, by the transfer syntax or by Lossy Image Compression (0028,2110)."""
     return text(header, "LossyImageCompression") == "01" or transfer_syntax(header) in LOSSY
@@ -233,13 +249,18 @@ def transfer_syntax(header: Dataset) -> UID:
 
 
 def rescale(header: Dataset, what: str) -> tuple[float, float]:
-    """(slope, intercept) from stored values to HU; UnsupportedError where they are missing, not finite, zero or not of HU."""
+    """(slope, intercept) from stored values to HU; UnsupportedError where they are missing, not finite, zero or not of HU.
+
+    An MR image has none of its own accord, so its values are the stored ones; where it has them all the same, they are used.
+    """
     if "ModalityLUTSequence" in header:
         raise UnsupportedError(f"{what} has a Modality LUT instead of a rescale; expected RescaleSlope and RescaleIntercept to HU")
+    if is_mr(header) and not text(header, "RescaleSlope") and not text(header, "RescaleIntercept"):
+        return 1.0, 0.0
     slope, intercept = numbers(header, "RescaleSlope"), numbers(header, "RescaleIntercept")
     if slope is None or intercept is None or slope[0] == 0 or abs(slope[0]) > 1e4 or abs(intercept[0]) > 1e6:
         raise UnsupportedError(f"{what} has a bad rescale: RescaleSlope and RescaleIntercept must be finite, the slope not 0; export again")
-    if text(header, "RescaleType").upper() not in ("", "HU", "US", "UNSPECIFIED"):
+    if not is_mr(header) and text(header, "RescaleType").upper() not in ("", "HU", "US", "UNSPECIFIED"):
         raise UnsupportedError(f"{what} holds another quantity than HU (RescaleType), as from spectral CT; give the HU series")
     return slope[0], intercept[0]
 
@@ -258,7 +279,7 @@ def _plane(header: Dataset, what: str) -> Plane:
     row = row / np.linalg.norm(row)
     column = column - (row @ column) * row
     column /= np.linalg.norm(column)
-    if abs(np.cross(row, column)[2]) < np.cos(np.pi / 4):
+    if not is_mr(header) and abs(np.cross(row, column)[2]) < np.cos(np.pi / 4):
         raise UnsupportedError(f"{what} is not an axial slice (more than 45 degrees away); give the axial series")
     lengths = numbers(header, "SliceThickness"), numbers(header, "SpacingBetweenSlices")
     thickness = next((abs(v[0]) for v in lengths if v and 0 < abs(v[0]) < 1000), None)

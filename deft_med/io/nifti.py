@@ -1,5 +1,8 @@
 """NIfTI in and out. A NIfTI file has no unit for its values and no patient: the side-car JSON carries the unit, nothing carries a name.
 
+Nor has it a modality. `read` takes the caller's word; else the side-car's ("Units" HU or a.u., or "Modality" CT or MR, as dcm2niix
+writes it); else the values': CT where any is -500 or less, for that is air in HU and no magnitude, otherwise MR. A note says which.
+
 Volumes are turned to columns left, rows posterior, slices up (LPS), whatever the order in the file, so that a slice is axial.
 """
 
@@ -25,11 +28,16 @@ from deft_med.io.source import Source
 from deft_med.volume import Volume
 
 UNREADABLE = (HeaderDataError, ImageFileError)
+AIR_BELOW = -500.0  # HU
+LONGEST_SIDECAR = 2**20
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def read(path: Path, *, max_bytes: int = MAX_BYTES) -> Source:
-    """A 2D or 3D NIfTI-1 or -2 file, plain or gzipped, as an axial volume; its values are taken for HU.
+def read(path: Path, *, max_bytes: int = MAX_BYTES, modality: str | None = None) -> Source:
+    """A 2D or 3D NIfTI-1 or -2 file, plain or gzipped, as an axial volume in HU (CT) or a.u. (MR).
+
+    Args:
+        modality: "CT" or "MR"; without it the rule above.
 
     Raises:
         CorruptError: no NIfTI header, or fewer bytes than the header says.
@@ -52,7 +60,7 @@ def read(path: Path, *, max_bytes: int = MAX_BYTES) -> Source:
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     if dtype.kind not in "iuf":
-        raise UnsupportedError("the NIfTI image holds colours or complex numbers; give one of HU values")
+        raise UnsupportedError("the NIfTI image holds colours or complex numbers; give one of HU values or MR magnitudes")
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise UnsupportedError(f"the NIfTI image has {len(shape)} axes; give a volume of two or three (split a 4D series first)")
     voxels = float(np.prod([float(n) for n in shape]))
@@ -68,17 +76,45 @@ def read(path: Path, *, max_bytes: int = MAX_BYTES) -> Source:
         affine = np.array(image.affine, dtype=np.float64)
         placed = bool(int(image.header["sform_code"]) or int(image.header["qform_code"]))
         unit = image.header.get_xyzt_units()[0]
-    volume = _axial(array, affine, unit)
-    notes = ["values taken for HU"]
+    modality, note = _modality(array, path, modality)
+    volume = _axial(array, affine, unit, "HU" if modality == "CT" else "a.u.")
+    notes = [note]
     if not placed:
         notes.append("the file states no orientation: left and right are not known")
-    if volume.data.min() > -500:
+    if modality == "CT" and volume.data.min() > -500:
         notes.append("no air (nothing below -500 HU): are these CT numbers?")
-    return Source("nifti", volume=volume, digest=hashlib.sha256(data).hexdigest(), notes=tuple(notes))
+    if modality == "MR" and volume.data.min() < 0:
+        notes.append("negative values: is this a magnitude image?")
+    return Source("nifti", volume=volume, digest=hashlib.sha256(data).hexdigest(), notes=tuple(notes), placed=placed)
 
 
-def _axial(array: np.ndarray, affine: np.ndarray, unit: str) -> Volume:
-    """[i, j, k] with a RAS affine as a Volume with columns to the left, rows to the back, slices up."""
+def _modality(array: np.ndarray, path: Path, stated: str | None) -> tuple[str, str]:
+    """CT or MR by the rule of this module, and the note that says why."""
+    if stated is None:
+        stated = _beside(path)
+    if stated is not None:
+        return stated, "values taken for HU" if stated == "CT" else "values taken for an MR magnitude"
+    if (array <= AIR_BELOW).any():
+        return "CT", "values taken for HU"
+    return "MR", f"values taken for an MR magnitude (none is {AIR_BELOW:.0f} or less, as air in HU)"
+
+
+def _beside(path: Path) -> str | None:
+    """What the side-car JSON says of the modality; None where there is none, or it does not say."""
+    beside = path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+    try:
+        if not beside.is_file() or beside.stat().st_size > LONGEST_SIDECAR:
+            return None
+        found = json.loads(beside.read_bytes().decode())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    return {"HU": "CT", "a.u.": "MR"}.get(str(found.get("Units")), {"CT": "CT", "MR": "MR"}.get(str(found.get("Modality"))))
+
+
+def _axial(array: np.ndarray, affine: np.ndarray, unit: str, of: str) -> Volume:
+    """[i, j, k] with a RAS affine as a Volume, its values in the unit ``of``, with columns to the left, rows to the back, slices up."""
     if unit not in ("mm", "unknown"):
         raise UnsupportedError(f"the NIfTI image measures space in {unit}, not in mm; convert its header")
     bad = int((~np.isfinite(array)).sum())
@@ -95,11 +131,15 @@ def _axial(array: np.ndarray, affine: np.ndarray, unit: str) -> Volume:
     turn = nib.orientations.ornt_transform(nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt("LPS"))
     turned = nib.orientations.apply_orientation(array, turn)
     affine = affine @ nib.orientations.inv_ornt_aff(turn, array.shape)
-    return Volume(turned.transpose(2, 1, 0), LPS_TO_RAS @ affine, "HU")
+    return Volume(turned.transpose(2, 1, 0), LPS_TO_RAS @ affine, of)
 
 
-def write(volume: Volume, path: Path, *, about: Mapping[str, str | bool | float] | None = None) -> None:
+def write(
+    volume: Volume, path: Path, *, about: Mapping[str, str | bool | float] | None = None, placed: bool = True, sized: bool = True
+) -> None:
     """``volume`` as float32 NIfTI-1 at ``path`` (.nii or .nii.gz), and ``about`` with its unit as JSON beside it.
+
+    Where its place in the patient (``placed``) or the size of a pixel (``sized``) is not known, side-car and header say so.
 
     Raises:
         ValueError: the affine is sheared, which the qform cannot say, or the name does not end in .nii or .nii.gz.
@@ -113,13 +153,21 @@ def write(volume: Volume, path: Path, *, about: Mapping[str, str | bool | float]
     if np.abs(unit_axes.T @ unit_axes - np.eye(3)).max() > 1e-3:
         raise ValueError("a sheared affine cannot be written as NIfTI: resample to a right-angled grid")
     with _quiet_nibabel():
-        image = nib.Nifti1Image(np.ascontiguousarray(volume.data.transpose(2, 1, 0)), affine)
-        image.set_sform(affine, code=1)
-        image.set_qform(affine, code=1)
-        image.header.set_xyzt_units("mm", "sec")
+        if placed:
+            image = nib.Nifti1Image(np.ascontiguousarray(volume.data.transpose(2, 1, 0)), affine)
+            image.set_sform(affine, code=1)
+            image.set_qform(affine, code=1)
+        else:
+            # without a transform rows run upwards (NIfTI's method 1, as viewers draw it): turned, so that the picture stands as here
+            image = nib.Nifti1Image(np.ascontiguousarray(volume.data[:, ::-1].transpose(2, 1, 0)), None)
+            image.header.set_zooms(volume.spacing[::-1])
+        image.header.set_xyzt_units("mm" if sized else "unknown", "sec")
         with writing("the NIfTI volume"):
             nib.save(image, path)
-    record = {"Units": volume.unit, "Coordinates": "RAS mm", "IntendedUse": "research only, not for clinical use", **(about or {})}
+    place = {} if placed else {"Geometry": "unknown: the source gives no place in the patient; left and right are not known"}
+    size = {} if sized else {"PixelSize": "unknown: written as 1 mm"}
+    record = {"Units": volume.unit, "Coordinates": "RAS mm" if placed else "none", **place, **size,
+              "IntendedUse": "research only, not for clinical use", **(about or {})}  # fmt: skip
     words = json.dumps(record, indent=2, sort_keys=True) + "\n"
     with writing("the NIfTI side-car"):
         path.with_name(name.removesuffix(".nii") + ".json").write_text(words, encoding="utf-8")

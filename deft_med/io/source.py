@@ -10,19 +10,23 @@ from deft_med.volume import Scan, Volume
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
+KSPACE = {"fastmri": "k-space (fastMRI)", "mrd": "k-space (ISMRMRD)", "kspace": "k-space (array)"}
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """An input as read: an image or measurements, never both.
 
     Attributes:
-        kind: "dicom", "nifti" or "sinogram".
-        volume: the image in HU, float32 [slice, row, column]; pixels outside the scan are at -1024.
-        scan: the measurements, for a sinogram.
+        kind: "dicom", "nifti", "sinogram", "fastmri", "mrd" or "kspace".
+        volume: the image, float32 [slice, row, column], in HU (CT; pixels outside the scan are at -1024) or a.u. (MR).
+        scan: the measurements, for a sinogram or k-space.
         headers: one pydicom Dataset for each slice, in the order of the slices, without pixels and private attributes.
         lossy: the source went through lossy compression.
         digest: sha256 of the content of the files, in the order of the slices.
         notes: what a reader should know, in whole sentences without patient data.
+        placed: the place in the patient is known.
+        sized: the size of a pixel is known.
     """
 
     kind: str
@@ -32,10 +36,21 @@ class Source:
     lossy: bool = False
     digest: str = ""
     notes: tuple[str, ...] = ()
+    placed: bool = True
+    sized: bool = True
+
+    @property
+    def modality(self) -> str:
+        """CT or MR, by the measurements or by the image's unit."""
+        if self.scan is not None:
+            return self.scan.modality
+        return "CT" if self.volume is None or self.volume.unit == "HU" else "MR"
 
     def describe(self) -> str:
         """One line: kind, counts, lengths, and the notes; no patient data."""
-        if self.scan is not None:
+        if self.scan is not None and self.scan.modality == "MR":
+            head = self._kspace(self.scan)
+        elif self.scan is not None:
             slices, views, detectors = self.scan.y.shape
             ny, nx = self.scan.grid.shape
             beam = type(self.scan.acquisition).__name__
@@ -44,10 +59,19 @@ class Source:
             assert self.volume is not None
             slices, rows, columns = self.volume.shape
             dz, dy, dx = self.volume.spacing
-            name = {"dicom": "CT series (DICOM)", "nifti": "NIfTI volume"}[self.kind]
+            name = {"dicom": f"{self.modality} series (DICOM)", "nifti": "NIfTI volume"}[self.kind]
             lengths = f"{dy:.3g} x {dx:.3g} mm, slice step {dz:.3g} mm"
             head = f"{name}, {_count(slices, 'slice')} {rows} x {columns}, {lengths}, {self.volume.unit}"
         return "; ".join([head, *self.notes])
+
+    def _kspace(self, scan: Scan) -> str:
+        slices, coils = scan.y.shape[:2]
+        (ny, nx), (rows, columns), (dy, dx) = scan.grid.shape, scan.picture, scan.grid.spacing
+        size = f"{dy:.3g} x {dx:.3g} mm" if self.sized else "pixel size unknown"
+        picture = "" if scan.crop is None else f", picture {rows} x {columns}"
+        parts = [f"{KSPACE[self.kind]}, {_count(slices, 'slice')}, {_count(coils, 'coil')}, matrix {ny} x {nx}{picture}",
+                 f"{scan.acquisition.acceleration:.3g}-fold accelerated", size]  # type: ignore[union-attr]
+        return ", ".join(parts if self.placed or not self.sized else [*parts, "place in the patient unknown"])
 
 
 def _count(number: int, word: str) -> str:

@@ -1,0 +1,193 @@
+"""The ISMRMRD header, which fastMRI files carry too: matrices, lengths and where k = 0 is; and what follows for the grid.
+
+XML is parsed by the standard library after DOCTYPE and ENTITY are refused, so that nothing is ever expanded or fetched. Of the header
+only numbers and the words listed here are taken. Arrays are (..., readout, phase): rows are the readout, columns the phase encoding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deft_med.errors import CorruptError, UnsupportedError
+from deft_med.volume import central
+
+LONGEST_XML = 2**22
+BIGGEST_SIDE = 8192
+TRAJECTORIES = ("cartesian", "epi", "radial", "goldenangle", "spiral", "other")
+CALIBRATIONS = ("embedded", "interleaved", "separate", "external", "other")
+SAME_PIXEL = 0.02  # pixel sizes of the two spaces that differ by less are one
+NO_NOISE = 1e-7  # of the largest sample: float32 rounding, as in simulated data without noise
+
+
+@dataclass(frozen=True)
+class Space:
+    """A matrix (readout, phase, partition) and its lengths in mm, or None where the header has none."""
+
+    matrix: tuple[int, int, int]
+    fov: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is taken of an ISMRMRD header.
+
+    Attributes:
+        encoded, recon: the space that was encoded, and the picture's.
+        centre, last: the phase step of k = 0, and the highest step; None where the header does not say.
+        trajectory: one of TRAJECTORIES, or "unknown".
+        calibration: one of CALIBRATIONS, or "".
+        bandwidth: the receiver's relative noise bandwidth, 1 where the header does not say.
+    """
+
+    encoded: Space
+    recon: Space
+    centre: int | None
+    last: int | None
+    trajectory: str
+    calibration: str
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The grid that a k-space matrix becomes.
+
+    Attributes:
+        rows: readout samples once the oversampling is gone.
+        crop: (rows, columns) of the picture, or None where it is the grid.
+        spacing: (dy, dx) in mm, or None.
+    """
+
+    rows: int
+    crop: tuple[int, int] | None
+    spacing: tuple[float, float] | None
+
+
+def parse(xml: bytes | str) -> Header:
+    """The header in ``xml``.
+
+    Raises:
+        CorruptError: not well-formed XML, or not UTF-8.
+        UnsupportedError: DOCTYPE or ENTITY, too long, no encoding or several, matrices that are no numbers.
+    """
+    try:
+        words = xml.decode("utf-8-sig") if isinstance(xml, bytes) else xml.removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        raise CorruptError("the header XML is damaged: it is not UTF-8; write the file again") from None
+    words = words.rstrip("\0")
+    if len(words) > LONGEST_XML:
+        raise UnsupportedError(f"the header XML is longer than {LONGEST_XML // 2**20} MiB; an ISMRMRD header has some kilobytes")
+    if "<!DOCTYPE" in words.upper() or "<!ENTITY" in words.upper():
+        raise UnsupportedError("the header XML declares a DOCTYPE or entities, which are never expanded; expected a plain ISMRMRD header")
+    try:
+        root = ElementTree.fromstring(words)
+    except (ElementTree.ParseError, ValueError, RecursionError):
+        raise CorruptError("the header XML is damaged: it is not well-formed; write the file again") from None
+    encodings = _children(root, "encoding")
+    if _name(root) != "ismrmrdHeader" or not encodings:
+        raise UnsupportedError("the header XML holds no encoding; expected an ismrmrdHeader with encodedSpace and reconSpace")
+    if len(encodings) > 1:
+        raise UnsupportedError(f"the header XML lists {len(encodings)} encodings; one is supported: split the file, one encoding each")
+    encoding = encodings[0]
+    step = _child(_child(encoding, "encodingLimits"), "kspace_encoding_step_1")
+    trajectory = _text(encoding, "trajectory").lower()
+    calibration = _text(_child(encoding, "parallelImaging"), "calibrationMode").lower()
+    bandwidth = _number(_child(root, "acquisitionSystemInformation"), "relativeReceiverNoiseBandwidth")
+    return Header(
+        encoded=_space(encoding, "encodedSpace"), recon=_space(encoding, "reconSpace"), centre=_step(step, "center"),
+        last=_step(step, "maximum"), trajectory=trajectory if trajectory in TRAJECTORIES else "unknown",
+        calibration=calibration if calibration in CALIBRATIONS else "", bandwidth=bandwidth if bandwidth and bandwidth > 0 else 1.0,
+    )  # fmt: skip
+
+
+def layout(header: Header, shape: tuple[int, int], *, whole: bool) -> Layout:
+    """The grid of a k-space matrix ``shape`` = (readout, phase); the oversampling stays unless the readout is ``whole``."""
+    encoded, recon = header.encoded, header.recon
+    lengths = None if encoded.fov is None or recon.fov is None else (encoded.fov, recon.fov)
+    part = [1.0, 1.0]
+    if lengths is not None:
+        part = [min(1.0, lengths[1][axis] / lengths[0][axis]) for axis in (0, 1)]
+    elif encoded.matrix[0] == 2 * recon.matrix[0]:
+        part[0] = 0.5
+    picture = []
+    for axis in (0, 1):
+        pixels = max(1, round(shape[axis] * part[axis]))
+        stated = recon.matrix[axis]
+        picture.append(min(stated if abs(stated / pixels - 1) < SAME_PIXEL else pixels, shape[axis]))
+    rows = max(picture[0], round(shape[0] * part[0])) if whole else shape[0]
+    crop = (picture[0], picture[1])
+    spacing = None if encoded.fov is None else (encoded.fov[0] / shape[0], encoded.fov[1] / shape[1])
+    return Layout(rows, None if crop == (rows, shape[1]) else crop, spacing)
+
+
+def narrow(y: NDArray[np.complex64], rows: int) -> NDArray[np.complex64]:
+    """k-space (..., readout, phase) of the central ``rows`` of the readout's field of view: exact, orthonormal, zero columns stay zero."""
+    if rows == y.shape[-2]:
+        return y
+    image = np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(y, -2), axis=-2, norm="ortho"), -2)
+    image = central(image, (rows, y.shape[-1]))
+    return np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image, -2), axis=-2, norm="ortho"), -2).astype(np.complex64)
+
+
+def edge_noise(y: NDArray[np.complex64], mask: NDArray[np.bool_], rows: int) -> float | None:
+    """sigma per real component of one slice (coil, readout, phase) from the outer half of a field of view that is read twice as wide.
+
+    None where the readout is not twice ``rows``, where signal reaches into the edges, or where there is nothing but rounding.
+    """
+    if y.shape[-2] < 2 * rows or y.shape[-2] < 16 or not mask.all(0).any():
+        return None
+    import torch
+
+    from operators.whiten import level_from_edges
+
+    level = level_from_edges(torch.from_numpy(np.ascontiguousarray(y)), torch.from_numpy(np.ascontiguousarray(mask)), 0)
+    rounding = NO_NOISE * float(np.abs(y).max())
+    return None if level.upper_bound or not level.sigma > rounding else level.sigma
+
+
+def _name(element: ElementTree.Element) -> str:
+    return str(element.tag).rpartition("}")[2]
+
+
+def _children(element: ElementTree.Element | None, name: str) -> list[ElementTree.Element]:
+    return [] if element is None else [child for child in element if _name(child) == name]
+
+
+def _child(element: ElementTree.Element | None, name: str) -> ElementTree.Element | None:
+    return next(iter(_children(element, name)), None)
+
+
+def _text(element: ElementTree.Element | None, name: str) -> str:
+    child = _child(element, name)
+    return "" if child is None else (child.text or "").strip()
+
+
+def _number(element: ElementTree.Element | None, name: str) -> float | None:
+    try:
+        value = float(_text(element, name))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _step(element: ElementTree.Element | None, name: str) -> int | None:
+    value = _number(element, name)
+    return int(value) if value is not None and 0 <= value == int(value) < BIGGEST_SIDE else None
+
+
+def _space(encoding: ElementTree.Element, name: str) -> Space:
+    space = _child(encoding, name)
+    sizes = [_number(_child(space, "matrixSize"), axis) for axis in "xyz"]
+    if any(n is None or n != int(n) or not 1 <= n <= BIGGEST_SIDE for n in sizes[:2]):
+        raise UnsupportedError(f"the header XML gives no usable matrix size in {name}; expected whole numbers from 1 to {BIGGEST_SIDE}")
+    lengths = [_number(_child(space, "fieldOfView_mm"), axis) for axis in "xyz"]
+    known = all(v is not None and 0 < v < 1e5 for v in lengths[:2])
+    depth = lengths[2] if lengths[2] is not None and lengths[2] > 0 else 0.0
+    matrix: Any = tuple(int(n or 1) for n in sizes)
+    return Space(matrix, (float(lengths[0] or 0), float(lengths[1] or 0), depth) if known else None)
