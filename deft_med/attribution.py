@@ -106,8 +106,11 @@ def readme(card: Card) -> str:
         f"{card.channels} channel, u = (value - {card.window.offset:g}) / {card.window.scale:g} {card.window.unit}.",
     ]
     for one in card.protocols:
-        text = (f"- Trained on {one.geometry} beams, {one.views[0]} to {one.views[1]} views over {one.coverage_deg[0]:g} to "
-                f"{one.coverage_deg[1]:g} degrees")  # fmt: skip
+        text = f"- Trained on {one.geometry} acquisitions"
+        text += f", {one.views[0]} to {one.views[1]} views" if one.views else ""
+        text += f" over {one.coverage_deg[0]:g} to {one.coverage_deg[1]:g} degrees" if one.coverage_deg else ""
+        text += f", {one.coils[0]} to {one.coils[1]} coils, acceleration {one.acceleration[0]:g} to {one.acceleration[1]:g}" \
+            if one.coils and one.acceleration else ""
         text += f", Gaussian noise {one.gaussian_percent[0]:g} to {one.gaussian_percent[1]:g} %" if one.gaussian_percent else ""
         lines.append(text + (f", {one.photons[0]:g} to {one.photons[1]:g} photons per ray" if one.photons else "") + ".")
     lines += [f"- Made by the configurations {', '.join(card.configs)}."] if card.configs else []

@@ -1,6 +1,7 @@
 """Compare methods on the same simulated scans: mean over subjects and their spread, as a table. Resumable per slice and method.
 
-METHODS is a list with commas: fbp or fbp:WINDOW[:CUTOFF]; tv or tv:WEIGHT; supervised:DIR (a training's folder); deft:mean,
+METHODS is a list with commas: for CT fbp or fbp:WINDOW[:CUTOFF], tv or tv:WEIGHT; for MR (a protocol with a pattern) zero-filled,
+cg-sense, wavelet, tv; supervised:DIR (a training's folder); deft:mean,
 deft:sample, deft:K (mean of K samples), with the data-consistency steps that the card says; deft+dc:... with four of them, deft-dc:...
 without. --eta and --trust replace the card's, for tuning. Tune on tune subjects, report on val subjects.
 """
@@ -19,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--split", default="val")
     p.add_argument("--only", default="", metavar="TEXT", help="take only files of the manifest whose path contains TEXT")
     p.add_argument("--protocol", default="ct_sparse60", metavar="NAME|FILE")
-    p.add_argument("--model", default="ct", metavar="NAME|DIR")
-    p.add_argument("--methods", default="fbp:ram-lak,fbp,tv,deft:mean,deft:sample,deft:4,deft:8", metavar="A,B,C")
+    p.add_argument("--model", metavar="NAME|DIR", help="default: the shipped one of the protocol's modality")
+    p.add_argument("--methods", default="deft:mean,deft:sample,deft:4,deft:8", metavar="A,B,C")
     p.add_argument("--slices", type=int, default=3, help="at most this many slices of a subject, evenly spaced (default: %(default)s)")
     p.add_argument("--subjects", type=int, help="at most this many subjects")
     p.add_argument("--steps", type=int, default=20)
@@ -51,13 +52,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from deft_med.config import Protocol, load
+    from deft_med.config import protocol as protocol_of
     from deft_med.simulate import simulate
     from deft_med.subjects import entries
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    protocol, out = load(arguments.protocol, Protocol), Path(arguments.out)
+    protocol, out = protocol_of(arguments.protocol), Path(arguments.out)
+    arguments.model = arguments.model or {"CT": "ct", "MR": "mri"}[protocol.modality]
     listed = entries(Path(arguments.data), Path(arguments.manifest) if arguments.manifest else None, arguments.split)
     listed = [e for e in listed if arguments.only in e["image"]]
     methods = [name.strip() for name in arguments.methods.split(",")]
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     have = {(r["subject"], r["slice"], r["method"]) for r in done}
     asked = set()
     for number, subject in enumerate(subjects):
-        for key, volume in chosen_slices([e for e in listed if e["subject"] == subject], arguments.slices):
+        for key, volume in chosen_slices([e for e in listed if e["subject"] == subject], arguments.slices, protocol.modality):
             asked.add((subject, key))
             missing = [m for m in methods if (subject, key, m) not in have]
             if not missing:
@@ -90,14 +92,16 @@ def run(arguments: argparse.Namespace) -> None:
     print(text)
 
 
-def chosen_slices(listed: list[dict], count: int):
+def chosen_slices(listed: list[dict], count: int, modality: str = "CT"):
     """(number, one-slice volume) of a subject: ``count`` evenly spaced ones of all slices in the order of the files."""
     import numpy as np
 
     from deft_med import io
     from deft_med.volume import Volume
 
-    stacks = [volume for e in listed if (volume := io.read(e["image"]).volume) is not None]
+    nifti = (".nii", ".nii.gz")
+    sources = [io.read(e["image"], modality=modality if e["image"].endswith(nifti) else None) for e in listed]
+    stacks = [source.volume for source in sources if source.volume is not None]
     places = [(v, k) for v in stacks for k in range(len(v.data))]
     picks = np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)) if count > 1 else [len(places) // 2]
     for number in picks:
@@ -138,43 +142,47 @@ class Bench:
 
         import torch
 
-        from deft_med.intensity import Window
-        from deft_med.metrics import ct_metrics
-        from deft_med.pipeline import likelihood_of
+        from deft_med.metrics import ct_metrics, mr_metrics
+        from deft_med.problem import pose
 
-        window = Window()
+        metrics = {"CT": ct_metrics, "MR": mr_metrics}[scan.modality]
         with torch.no_grad():
-            likelihood = likelihood_of(scan, window)
+            problem = pose(scan)
+            likelihood = problem.likelihood
             likelihood.direct()  # the ray matrix is built outside the clock
             kept: dict = {}
             for method in methods:
                 wall, cpu = time.perf_counter(), time.process_time()
-                image, extra = self._run(method, likelihood, kept)
+                image, extra = self._run(method, problem, kept)
                 times = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-                hu = window.restore(image)[:, 0].numpy()
-                measured = ct_metrics(hu, scan.reference.data)
-                values = {key: measured[key][0] for key in ("psnr", "ssim", "psnr_body", "ssim_body")}
+                measured = metrics(problem.picture(image), scan.reference.data)
+                values = {key.replace("_head", "_body"): of[0] for key, of in measured.items() if isinstance(of, list)}
                 yield {"method": method, **values, "chi2": float(likelihood.chi2(image)[0]), **times, **extra}
 
-    def _run(self, method: str, likelihood, kept: dict):
-        from deft_med.pipeline import TV_WEIGHT, draw_posterior, total_variation
+    def _run(self, method: str, problem, kept: dict):
+        from deft_med.pipeline import draw_posterior
+        from deft_med.problem import TV_WEIGHT, total_variation
 
+        likelihood = problem.likelihood
         name, _, detail = method.partition(":")
         if name == "fbp":
             window, _, cutoff = (detail or "hann").partition(":")
             return self._filtered(likelihood, window, float(cutoff or 1)).direct(), {}
+        if name in problem.classical and (name != "tv" or "fbp" not in problem.classical):
+            image, warning = problem.classical[name]()
+            return image, {"converged": not warning}
         if name == "tv":
             image, record = total_variation(likelihood, likelihood.direct(), float(detail or TV_WEIGHT))
             return image, {"converged": record.converged, "gap": float(record.gap.max()), "iterations": record.iterations}
         if name == "supervised":
             config, module = self._supervised(detail)
-            return module(self._filtered(likelihood, config.filter)), {}
+            return module(self._filtered(likelihood, config.filter) if config.modality == "CT" else likelihood), {}
         if name not in ("deft", "deft-dc", "deft+dc"):
             from deft_med.errors import UsageError
 
             raise UsageError(f"unknown method {method!r}: python -m deft_med.benchmark --help lists them")
         model = self._model()
-        likelihood = self._filtered(likelihood, model.filter)
+        likelihood = self._filtered(likelihood, model.filter) if model.card.modality == "CT" else likelihood
         settings = {"consistency": {"deft": None, "deft-dc": 0, "deft+dc": 4}[name], "seed": self.arguments.seed}
         if detail == "mean":
             return draw_posterior(likelihood, model, steps=1, **settings)[:, 0], {"nfe": 1}

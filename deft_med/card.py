@@ -16,6 +16,11 @@ from .config import build
 from .errors import ModelError, UsageError
 from .volume import Scan
 
+JUDGED = {  # range of an acquisition: what it is called, and its unit
+    "views": ("number of views", ""), "coverage_deg": ("angular coverage", "degrees"),
+    "gaussian_percent": ("noise", "% of the mean line integral"), "photons": ("dose", "photons per ray"),
+    "acceleration": ("acceleration", ""), "coils": ("number of coils", ""), "noise_percent": ("noise", "% of the image scale")}  # fmt: skip
+NOISES = ("gaussian_percent", "photons", "noise_percent")
 WEIGHTS = ("prior.safetensors", "h.safetensors")
 GUESSED = 0.5  # the same for a noise level that was estimated
 SLACK = 0.02  # by how much, relatively, a scan may leave a range: lengths and noise levels are rounded on the way
@@ -50,13 +55,20 @@ class WindowRange:
 
 @dataclass(frozen=True)
 class Acquisition:
-    """Ranges of measurements that h was trained on: views, covered angle, and noise as Gaussian percent or as photons per ray."""
+    """Ranges of measurements that h was trained on; what is None is not judged.
+
+    CT (geometry parallel or fan): views, covered angle, and noise as Gaussian percent or as photons per ray. MR (cartesian or
+    trajectory): acceleration, coils, and noise in per cent of the image's scale.
+    """
 
     geometry: str
-    views: tuple[int, int]
-    coverage_deg: tuple[float, float]
+    views: tuple[int, int] | None = None
+    coverage_deg: tuple[float, float] | None = None
     gaussian_percent: tuple[float, float] | None = None
     photons: tuple[float, float] | None = None
+    acceleration: tuple[float, float] | None = None
+    coils: tuple[int, int] | None = None
+    noise_percent: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,7 @@ class Card:
     def _ranges(self) -> Iterable[tuple[str, tuple[float, float]]]:
         yield from (("pixel_size_mm", self.pixel_size_mm), ("field_of_view_mm", self.field_of_view_mm))
         for number, one in enumerate(self.protocols):
-            for name in ("views", "coverage_deg", "gaussian_percent", "photons"):
+            for name in JUDGED:
                 if getattr(one, name) is not None:
                     yield f"protocols[{number}].{name}", getattr(one, name)
 
@@ -166,52 +178,76 @@ def parse(content: Mapping[str, Any] | str | bytes) -> Card:
 # ----------------------------------------------------------------------------------------------------------- does it fit this scan?
 
 
-def check(card: Card, scan: Scan, *, modality: str = "CT", anatomy: str | None = None, estimated: bool = False) -> list[str]:
+def check(card: Card, scan: Scan, *, anatomy: str | None = None, estimated: bool = False) -> list[str]:
     """What lies outside the card's scope in a scan: one sentence each, nothing when all is well.
 
-    Unknown noise is not judged, ``estimated`` noise with a slack of one half.
+    Unknown noise is not judged, ``estimated`` noise with a slack of one half; an unknown pixel size (no affine, MR) is not judged.
     """
     (ny, nx), (dy, dx) = scan.grid.shape, scan.grid.spacing
-    angles = np.sort(np.asarray(scan.acquisition.angles))
+    sized = scan.modality == "CT" or scan.affine is not None or (dy, dx) != (1.0, 1.0)
+    found = (_ct_numbers if scan.modality == "CT" else _mr_numbers)(scan, estimated)
+    return out_of_scope(card, modality=scan.modality, anatomy=anatomy, pixel_size_mm=(dy, dx) if sized else None,
+                        field_of_view_mm=max(ny * dy, nx * dx) if sized else None, slack=GUESSED if estimated else SLACK, **found)
+
+
+def _ct_numbers(scan: Scan, estimated: bool) -> dict[str, Any]:
+    angles = np.sort(np.asarray(scan.acquisition.angles))  # type: ignore[union-attr]
     views = len(angles)
     coverage = math.degrees(float(angles[-1] - angles[0])) * views / max(1, views - 1) if views > 1 else 0.0
     geometry = "parallel" if type(scan.acquisition).__name__ == "ParallelBeam" else "fan"
-    percent = photons = None
-    if scan.noise is not None:
-        noise = np.broadcast_to(scan.noise, scan.y.shape)
-        spread = float(noise.max() / noise.min()) / (1 + GUESSED * estimated)
-        if spread < 1.5 or (noise.shape[0] > 1 and np.ptp(noise, axis=(1, 2)).max() == 0):  # one level, or one per slice
-            percent = 100 * float(np.mean(noise.mean((1, 2)) / np.maximum(scan.y.mean((1, 2)), 1e-6)))
-        else:
-            photons = float(np.quantile(np.exp(np.minimum(scan.y, 50)) / noise.astype(np.float64) ** 2, 0.9))  # air: least electronics
-    return out_of_scope(card, modality=modality, anatomy=anatomy, pixel_size_mm=(dy, dx), field_of_view_mm=max(ny * dy, nx * dx),
-                        geometry=geometry, views=views, coverage_deg=coverage, gaussian_percent=percent, photons=photons,
-                        slack=GUESSED if estimated else SLACK)  # fmt: skip
+    found: dict[str, Any] = {"geometry": geometry, "views": views, "coverage_deg": coverage}
+    if scan.noise is None:
+        return found
+    noise = np.broadcast_to(scan.noise, scan.y.shape)
+    spread = float(noise.max() / noise.min()) / (1 + GUESSED * estimated)
+    if spread < 1.5 or (noise.shape[0] > 1 and np.ptp(noise, axis=(1, 2)).max() == 0):  # one level, or one per slice
+        return found | {"gaussian_percent": 100 * float(np.mean(noise.mean((1, 2)) / np.maximum(scan.y.mean((1, 2)), 1e-6)))}
+    # air: least electronics
+    return found | {"photons": float(np.quantile(np.exp(np.minimum(scan.y, 50)) / noise.astype(np.float64) ** 2, 0.9))}
 
 
-def out_of_scope(card: Card, *, modality: str, pixel_size_mm: tuple[float, float], field_of_view_mm: float, anatomy: str | None = None,
-                 geometry: str | None = None, views: int | None = None, coverage_deg: float | None = None,
-                 gaussian_percent: float | None = None, photons: float | None = None, slack: float = SLACK) -> list[str]:  # fmt: skip
-    """The same from numbers: None is not judged. Of the card's protocols the one with the fewest objections speaks."""
+def _mr_numbers(scan: Scan, estimated: bool) -> dict[str, Any]:
+    cartesian = type(scan.acquisition).__name__ == "Cartesian"
+    found: dict[str, Any] = {"geometry": "cartesian" if cartesian else "trajectory", "coils": scan.y.shape[1],
+                             "acceleration": scan.acquisition.acceleration}  # type: ignore[union-attr]
+    if scan.noise is None or not cartesian:
+        return found
+    import torch  # late: the card itself is read without it
+
+    from .intensity import scale_of
+
+    scale = scale_of(torch.from_numpy(scan.y)).numpy()
+    noise = np.broadcast_to(scan.noise, scan.y.shape).reshape(len(scan.y), -1).mean(1)
+    return found | {"noise_percent": 100 * float(np.mean(noise / np.maximum(scale, 1e-30)))}
+
+
+def out_of_scope(card: Card, *, modality: str, pixel_size_mm: tuple[float, float] | None = None, field_of_view_mm: float | None = None,
+                 anatomy: str | None = None, geometry: str | None = None, slack: float = SLACK, **numbers: float | None) -> list[str]:
+    """The same from numbers, named as in `JUDGED`: None is not judged. Of the card's protocols the one with the fewest objections
+    speaks. TypeError for a number of another name."""
+    if unknown := set(numbers) - set(JUDGED):
+        raise TypeError(f"unknown numbers {sorted(unknown)}: known are {', '.join(JUDGED)}")
     found = []
     if modality != card.modality:
         found.append(f"modality {modality}: the model was trained on {card.modality}")
     if anatomy is not None and anatomy.lower() not in {a.lower() for a in card.anatomy}:
         found.append(f"anatomy {anatomy.lower()}: the model was trained on {', '.join(card.anatomy)}")
-    for size in sorted(set(pixel_size_mm)):
+    for size in sorted(set(pixel_size_mm or ())):
         found += _outside("pixel size", size, card.pixel_size_mm, "mm")
     found += _outside("field of view", field_of_view_mm, card.field_of_view_mm, "mm")
     objections = []
     for one in card.protocols:
-        these = [] if geometry in (None, one.geometry) else [f"{geometry} beam: the model was trained on {one.geometry} beams"]
-        these += _outside("number of views", views, one.views, "")
-        # more than a half turn of parallel rays measures nothing new
-        covered = None if coverage_deg is None else min(coverage_deg, one.coverage_deg[1])
-        these += _outside("angular coverage", covered, one.coverage_deg, "degrees")
-        for what, level, allowed, unit in (("noise", gaussian_percent, one.gaussian_percent, "% of the mean line integral"),
-                                           ("dose", photons, one.photons, "photons per ray")):  # fmt: skip
-            if level is not None:
-                these += _outside(what, level, allowed, unit, slack) if allowed else [f"{what} of this kind: the model was not trained on it"]
+        these = [] if geometry in (None, one.geometry) else [f"{geometry} acquisition: the model was trained on {one.geometry} ones"]
+        for name, value in numbers.items():
+            (what, unit), allowed = JUDGED[name], getattr(one, name)
+            if value is None:
+                continue
+            if allowed is None:
+                these += [f"{what} of this kind: the model was not trained on it"] if name in NOISES else []
+                continue
+            if name == "coverage_deg":  # more than a half turn of parallel rays measures nothing new
+                value = min(value, allowed[1])
+            these += _outside(what, value, allowed, unit, slack if name in NOISES else SLACK)
         objections.append(these)
     return found + (min(objections, key=len) if objections else [])
 

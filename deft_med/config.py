@@ -6,14 +6,17 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
+from torch import Generator
 
 from deft_med.errors import UsageError
-from operators.geometry import FanBeam, Grid, ParallelBeam, uniform_angles
+from operators import patterns
+from operators.geometry import Cartesian, FanBeam, Grid, ParallelBeam, Trajectory, uniform_angles
 
 T = TypeVar("T")
+PATTERNS = ("equispaced", "random", "poisson", "radial")
 FOLDER = Path(__file__).with_name("configs")
 
 
@@ -57,6 +60,8 @@ class Protocol:
         if (self.source_origin_mm is None) != (self.origin_detector_mm is None):
             raise UsageError(f"protocol {self.name}: a fan beam wants source_origin_mm and origin_detector_mm")
 
+    modality: ClassVar[str] = "CT"
+
     def beam(self, grid: Grid) -> ParallelBeam | FanBeam:
         """The rays of this protocol for a reconstruction grid."""
         pixel = max(grid.spacing)
@@ -69,16 +74,62 @@ class Protocol:
                        origin_detector=self.origin_detector_mm, curved=self.curved)
 
 
+@dataclass(frozen=True)
+class KSpaceProtocol:
+    """How an MR study is acquired: a pattern of k-space at an acceleration, simulated coils, noise per real component.
+
+    ``pattern`` is equispaced, random, poisson or radial (spokes of twice the matrix); ``noise_percent`` is of the image's scale
+    (`intensity.scale_of`). Lines run along the image's ``axis`` (1: columns are phase-encoded).
+    """
+
+    name: str
+    pattern: str
+    acceleration: float
+    coils: int = 8
+    noise_percent: float = 1.0
+    axis: int = 1
+    grid: int = 256
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if self.pattern not in PATTERNS:
+            raise UsageError(f"protocol {self.name}: pattern is one of {', '.join(PATTERNS)}, got {self.pattern!r}")
+        if not (self.acceleration >= 1 and self.coils >= 1 and self.noise_percent > 0 and self.axis in (0, 1) and self.grid >= 16):
+            raise UsageError(f"protocol {self.name}: wants acceleration >= 1, coils >= 1, noise_percent > 0, axis 0 or 1, grid >= 16")
+
+    modality: ClassVar[str] = "MR"
+
+    def acquisition(self, shape: tuple[int, int], generator: Generator) -> Cartesian | Trajectory:
+        """The points of k-space for a matrix (rows, columns)."""
+        if self.pattern == "radial":
+            return patterns.radial(shape, max(1, round(math.pi / 2 * max(shape) / self.acceleration)))
+        if self.pattern == "poisson":
+            side = min(24, min(shape) // 4)
+            return patterns.poisson_disc(shape, self.acceleration, generator=generator, calibration=(side, side))
+        lines = patterns.equispaced if self.pattern == "equispaced" else patterns.random
+        return lines(shape, self.acceleration, generator=generator, axis=self.axis)
+
+
+def protocol(source: str | Path) -> Protocol | KSpaceProtocol:
+    """A protocol by its file or by its name among the shipped ones; one with a ``pattern`` is for MR. Errors as for ``load``."""
+    content = _read(source, Protocol)
+    return build(content, KSpaceProtocol) if "pattern" in content else build(content, Protocol)
+
+
 def load(source: str | Path, kind: type[T]) -> T:
     """Read a YAML file, or the shipped one of that name, into a dataclass.
 
     Raises UsageError for a name that does not exist, text that is no YAML mapping, an unknown or missing key, a wrong type.
     """
+    return build(_read(source, kind), kind)
+
+
+def _read(source: str | Path, kind: type) -> dict:
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{source}.yaml"
         if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml") if kind is not Protocol or "views:" in p.read_text("utf-8")))
+            known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
             raise UsageError(f"no {kind.__name__.lower()} of that name: give a .yaml file or one of {known}")
     if not path.is_file():
         raise UsageError(f"no such configuration file (expected YAML for a {kind.__name__.lower()})")
@@ -86,9 +137,11 @@ def load(source: str | Path, kind: type[T]) -> T:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"the configuration is no YAML: {str(error).splitlines()[0]}") from error
-    if kind is Protocol and isinstance(content, dict):
+    if not isinstance(content, dict):
+        raise UsageError(f"the configuration wants a mapping of keys to values, got {type(content).__name__}")
+    if kind is Protocol:
         content.setdefault("name", path.stem)
-    return build(content, kind)
+    return content
 
 
 def build(content: Any, kind: type[T], where: str = "") -> T:

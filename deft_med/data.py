@@ -50,6 +50,7 @@ class Augmentation:
     pixel_mm: tuple[float, float] = (0.7, 2.2)
     balance: float = 0.3
     highest: float = 3.0  # u above this (dense metal) is cut in training
+    background: float = -1.0  # u beyond the image's edge, and the lowest there is: air in CT, 0 in MR
 
 
 def draw_images(pool: Pool, count: int, size: int, augmentation: Augmentation, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -83,13 +84,13 @@ def _draw_one(pool: Pool, subject: int, size: int, augmentation: Augmentation, r
                 index, matrix = int(fine[int(r[1] * len(fine))]), finer
                 native = float(pool.spacing[finer][index])
         pixel = min(max(pixel, 0.75 * native), 1.6 * native)
-    image = pool.images[matrix][index].float().div(1000).clamp(-1, augmentation.highest)
+    image = pool.images[matrix][index].float().div(1000).clamp(augmentation.background, augmentation.highest)
     if r[3] < 0.5:
         image = image.flip(-1)
     if r[4] < 0.5:  # half of all images stay upright, as patients lie
         image = torch.rot90(image, int(8 * r[4]), (-2, -1))
     if plain:
-        return _window(image, size, r[5], r[6]), pixel
+        return _window(image, size, r[5], r[6], augmentation.background), pixel
     angle, scale = (r[7] - 0.5) * math.pi / 4, pixel / native
     slack = max(0.0, matrix - size * scale) / 2 + 0.05 * size * scale
     centre = [(2 * value - 1) * slack for value in (r[5], r[6])]  # source pixels off the centre
@@ -97,14 +98,22 @@ def _draw_one(pool: Pool, subject: int, size: int, augmentation: Augmentation, r
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     cos, sin = math.cos(angle), math.sin(angle)
     grid = torch.stack([cos * x - sin * y + centre[0], sin * x + cos * y + centre[1]], -1) / (matrix / 2)
-    moved = F.grid_sample(image[None, None] + 1, grid[None], mode="bicubic", padding_mode="zeros", align_corners=False) - 1
-    return moved[0, 0].clamp(-1, augmentation.highest), pixel
+    low = augmentation.background
+    moved = F.grid_sample(image[None, None] - low, grid[None], mode="bicubic", padding_mode="zeros", align_corners=False) + low
+    return moved[0, 0].clamp(augmentation.background, augmentation.highest), pixel
 
 
-def _window(image: Tensor, size: int, ry: float, rx: float) -> Tensor:
-    """A crop of size x size at a random place; a whole image is moved a little, with air where it ends."""
+def crops(images: Tensor, size: int, generator: Generator) -> Tensor:
+    """A window of size x size at a random place of every image (B, C, n, n)."""
+    room = images.shape[-1] - size
+    places = torch.randint(room + 1, (len(images), 2), generator=generator, device=generator.device).tolist()
+    return torch.stack([image[:, y:y + size, x:x + size] for image, (y, x) in zip(images, places, strict=True)])
+
+
+def _window(image: Tensor, size: int, ry: float, rx: float, background: float) -> Tensor:
+    """A crop of size x size at a random place; a whole image is moved a little, with background where it ends."""
     margin = max(0, size - image.shape[-1]) + (size // 8 if size >= image.shape[-1] else 0)
-    padded = F.pad(image, (margin,) * 4, value=-1.0)
+    padded = F.pad(image, (margin,) * 4, value=background)
     room = [n - size for n in padded.shape]
     top, left = (int((0.5 + 0.9 * (r - 0.5)) * (n + 1)) for r, n in zip((ry, rx), room, strict=True))
     if size >= image.shape[-1]:  # whole images stay near the centre

@@ -10,6 +10,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("h", metavar="H", help="folder of the h-transform's training")
     p.add_argument("--card", required=True, metavar="FILE", help="YAML file with the card's own words, or the name of one in configs/cards")
     p.add_argument("--manifest", required=True, metavar="FILE", help="JSON list of images with split, subject, collection, licence, doi")
+    p.add_argument("--tune", default="", metavar="A,B", help="subjects of the train split that were tuned on instead")
     p.add_argument("--results", metavar="FILE", help="results.jsonl of deft_med.benchmark, for the numbers on the card")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--overwrite", action="store_true", help="replace an earlier bundle")
@@ -42,7 +43,7 @@ def make(arguments: argparse.Namespace):
     from deft_med.config import FOLDER
     from deft_med.errors import UsageError
     from deft_med.intensity import Window
-    from deft_med.kinds import trained
+    from deft_med.kinds import MODALITIES, trained
 
     shipped = FOLDER / "cards" / f"{arguments.card}.yaml"
     text = shipped if shipped.is_file() else Path(arguments.card)
@@ -53,10 +54,11 @@ def make(arguments: argparse.Namespace):
     if (prior_config.kind, h_config.kind) != ("prior", "htransform"):
         raise UsageError(f"a bundle is a prior and an htransform, got {prior_config.kind} and {h_config.kind}")
     seen = [entry for entry in json.loads(Path(arguments.manifest).read_text("utf-8")) if entry["split"] == "train"]
-    window = Window()
+    window = Window() if h_config.modality == "CT" else Window(scale=1.0, unit="a.u.")
+    seen = [entry for entry in seen if entry["subject"] not in arguments.tune.split(",")]
     card = words | {
-        "window": dataclasses.asdict(window), "channels": 1, "sigma_data": prior.sd, "sigma_min": prior.sigma_min,
-        "sigma_max": prior.sigma_max, "prior": dataclasses.asdict(prior_config.network),
+        "window": dataclasses.asdict(window), "channels": MODALITIES[h_config.modality], "sigma_data": prior.sd,
+        "sigma_min": prior.sigma_min, "sigma_max": prior.sigma_max, "prior": dataclasses.asdict(prior_config.network),
         "h": dataclasses.asdict(h_config.network) | {"residual": {"window": h_config.filter}, "form": h_config.loss},
         "training_data": [dataclasses.asdict(c) for c in collections(seen)],
         "metrics": [] if arguments.results is None else measured(Path(arguments.results)),

@@ -1,7 +1,9 @@
 """Window: the two numbers between a picture's unit and what the networks see; linear, never clips, folded into the operator once."""
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from operators.ct import MU_WATER
@@ -57,3 +59,18 @@ class Window:
         return Affine(operator, MU_WATER * pixel * self.scale / 1000, MU_WATER * pixel * (1 + self.offset / 1000))
 
 
+
+
+def scale_of(kspace: Tensor, size: int = 24) -> Tensor:
+    """The brightness of an MR image as its k-space alone tells it: (*batch, C, ky, kx) -> (*batch), in the unit of k-space.
+
+    The 99th percentile of the root sum of squares over the coils of the images that the central ``size`` x ``size`` samples make
+    (raised-cosine taper, orthonormal transform). Accelerated and full scans of one object answer alike, since both hold the centre.
+    """
+    (ny, nx), fine = kspace.shape[-2:], 2 * size
+    taper = torch.hann_window(size + 2, periodic=False, dtype=kspace.real.dtype, device=kspace.device)[1:-1]
+    rows, columns = (slice(max(0, n // 2 - size // 2), n // 2 - size // 2 + size) for n in (ny, nx))
+    centre = kspace[..., rows, columns] * taper[-min(size, ny):, None] * taper[-min(size, nx):]
+    images = torch.fft.ifft2(centre, s=(fine, fine), norm="ortho") * (fine / math.sqrt(ny * nx))
+    rss = images.abs().square().sum(-3).sqrt().flatten(-2)
+    return rss.kthvalue(round(0.99 * fine**2), dim=-1).values

@@ -44,6 +44,12 @@ class Gaussian:
         return picture.square().flatten(1).mean(1).sqrt().expand(len(self.y))
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, y, x) of an image in u."""
+        image = self.forward.operator.domain_shape
+        return image if len(image) > 2 else (1, *image)
+
+    @property
     def log_ratio(self) -> float:
         """ln(M / N): measurements over pixels."""
         return math.log(self.ratio)

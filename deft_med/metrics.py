@@ -6,7 +6,7 @@ Arrays are numpy. Images are (row, column) or (slice, row, column); a mask has t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -100,18 +100,34 @@ def body_mask(hu: ArrayLike, *, threshold: float = -500.0, opening: int = 2) -> 
     The largest connected region above `threshold` after an opening by `opening` pixels (which parts the patient from a thin table), holes
     filled. All False where nothing is above the threshold.
     """
-    hu = np.asarray(hu)
-    if hu.ndim == 3:
-        return np.stack([body_mask(image, threshold=threshold, opening=opening) for image in hu]) if len(hu) else np.zeros(hu.shape, bool)
-    if hu.ndim != 2:
-        raise ValueError(f"body_mask needs (row, column) or (slice, row, column), got shape {hu.shape}")
-    above = hu > threshold
+    return _by_slice("body_mask", hu, lambda image: _largest(image > threshold, opening))
+
+
+def head_mask(image: ArrayLike, *, fraction: float = 0.1, percentile: float = 99.0, opening: int = 2) -> np.ndarray:
+    """The head, or what else holds the signal, in MR magnitudes (row, column) or (slice, row, column), slice by slice: air left out.
+
+    The largest connected region above `fraction` of the slice's `percentile`, after an opening by `opening` pixels, holes filled. All False
+    where the slice is zero; a slice of noise alone has a region all the same.
+    """
+    return _by_slice("head_mask", image, lambda m: _largest(m > fraction * np.percentile(m, percentile), opening))
+
+
+def _by_slice(name: str, images: ArrayLike, mask: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    images = np.asarray(images)
+    if images.ndim == 3:
+        return np.stack([mask(image) for image in images]) if len(images) else np.zeros(images.shape, bool)
+    if images.ndim != 2:
+        raise ValueError(f"{name} needs (row, column) or (slice, row, column), got shape {images.shape}")
+    return mask(images)
+
+
+def _largest(above: np.ndarray, opening: int) -> np.ndarray:
     padded = np.pad(above, opening, mode="edge")  # a patient cut by the field of view must not be eroded at the edge
     disk = np.hypot(*np.mgrid[-opening : opening + 1, -opening : opening + 1]) <= opening + 0.5
     opened = ndimage.binary_opening(padded, disk)[tuple(slice(opening, opening + n) for n in above.shape)]
     labels, count = ndimage.label(opened if opened.any() else above)
     if not count:
-        return np.zeros(hu.shape, bool)
+        return np.zeros(above.shape, bool)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return ndimage.binary_fill_holes(labels == sizes.argmax())
@@ -124,20 +140,45 @@ def ct_metrics(x: ArrayLike, ref: ArrayLike) -> dict[str, Any]:
     "mean": {...}, "sd": {...}} with mean and standard deviation over slices. None stands for what is not a finite number (no body in the
     slice, equal images, the deviation of one slice), so that the result is plain JSON.
     """
-    x, ref = np.asarray(x, np.float64), np.asarray(ref, np.float64)
-    if x.ndim != 3 or x.shape != ref.shape:
-        raise ValueError(f"ct_metrics needs two (slice, row, column) volumes of one shape, got {x.shape} and {ref.shape}")
     low, high = CT_CLIP
-    result: dict[str, Any] = {"psnr": [], "ssim": [], "psnr_body": [], "ssim_body": []}
-    for image, truth in zip(np.clip(x, low, high), np.clip(ref, low, high)):
-        body = body_mask(truth)
-        for suffix, mask in (("", None), ("_body", body)):
-            result["psnr" + suffix].append(psnr(image, truth, data_range=high - low, mask=mask))
-            result["ssim" + suffix].append(ssim(image, truth, data_range=high - low, mask=mask))
-    summary = {name: mean_sd(values) for name, values in result.items()}
-    result["mean"] = {name: mean for name, (mean, _) in summary.items()}
-    result["sd"] = {name: sd for name, (_, sd) in summary.items()}
-    return _plain(result)
+    image, truth = (np.clip(v, low, high) for v in _volumes("ct_metrics", x, ref))
+    return _summary(_agreement(image, truth, high - low, "body", body_mask(truth)))
+
+
+def mr_metrics(x: ArrayLike, ref: ArrayLike) -> dict[str, Any]:
+    """PSNR (dB), SSIM and NMSE of the magnitudes of MR volumes (slice, row, column), real or complex, not clipped, per slice.
+
+    The range is the maximum of the reference volume. Returns {"psnr", "ssim", "nmse", "psnr_head", "ssim_head", "mean", "sd"} as
+    `ct_metrics` does: full frame, and inside the reference's head mask. Raises ValueError for a reference that is zero everywhere.
+    """
+    image, truth = (np.abs(v) for v in _volumes("mr_metrics", x, ref))
+    if not truth.any():
+        raise ValueError("mr_metrics needs a reference that is not zero everywhere")
+    result = _agreement(image, truth, float(truth.max()), "head", head_mask(truth))
+    return _summary(result | {"nmse": [nmse(i, t) for i, t in zip(image, truth)]})
+
+
+def _volumes(name: str, *volumes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    found = [np.asarray(v) for v in volumes]
+    x, ref = (v.astype(np.complex128 if np.iscomplexobj(v) else np.float64) for v in found)
+    if x.ndim != 3 or x.shape != ref.shape:
+        raise ValueError(f"{name} needs two (slice, row, column) volumes of one shape, got {x.shape} and {ref.shape}")
+    return x, ref
+
+
+def _agreement(x: np.ndarray, ref: np.ndarray, data_range: float, region: str, masks: np.ndarray) -> dict[str, list[float]]:
+    """PSNR and SSIM per slice, full frame and inside the masks of a region."""
+    result: dict[str, list[float]] = {}
+    for suffix, chosen in (("", [None] * len(x)), (f"_{region}", masks)):
+        for name, measure in (("psnr", psnr), ("ssim", ssim)):
+            result[name + suffix] = [measure(i, t, data_range=data_range, mask=m) for i, t, m in zip(x, ref, chosen)]
+    return result
+
+
+def _summary(result: dict[str, Any]) -> dict[str, Any]:
+    """The lists per slice with their means and deviations, as plain JSON."""
+    found = {name: mean_sd(values) for name, values in result.items()}
+    return _plain({**result, "mean": {k: mean for k, (mean, _) in found.items()}, "sd": {k: sd for k, (_, sd) in found.items()}})
 
 
 def mean_sd(values: Iterable[float | None]) -> tuple[float, float]:

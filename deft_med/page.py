@@ -16,16 +16,20 @@ from typing import Any
 import numpy as np
 
 from .figure import (
-    METRIC_NAMES,
+    CLASSICAL,
+    METHODS,
     NOTICE,
+    Look,
     difference_range,
     estimate_name,
     figure,
     find_detail,
+    held_out,
+    look,
     marks,
     method_name,
-    orientation,
-    spacing,
+    others,
+    place_of,
     std_range,
 )
 from .metrics import mean_sd
@@ -33,19 +37,22 @@ from .metrics import mean_sd
 LIMIT = 8_000_000
 """Bytes that a page may have: of a long series, evenly spaced slices are embedded."""
 
-PRESETS = {"Soft tissue": (400, 40), "Brain": (80, 40), "Lung": (1500, -600), "Bone": (2000, 500), "Full": (3000, 500)}
+LETTERS = "; R, L, A, P are the patient's right, left, anterior and posterior"
+METRIC_NAMES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "nmse": "NMSE", "psnr_body": "PSNR, body (dB)", "ssim_body": "SSIM, body",
+                "psnr_head": "PSNR, head (dB)", "ssim_head": "SSIM, head"}  # fmt: skip
 
 
 def page(reconstruction: Any) -> str:
     """The report as one HTML document: header, key numbers, viewer, the figure of the middle slice, tables."""
     r = reconstruction
     title = f"{'SIMULATED: ' if r.simulated else ''}{r.title}"
-    drawing = io.BytesIO()
-    figure(r).savefig(drawing, format="png", dpi=110, metadata={"Software": "deft_med"})
+    drawing, drawn = io.BytesIO(), figure(r)
+    drawn.savefig(drawing, format="png", dpi=110, metadata={"Software": "deft_med"})
     template = Template((Path(__file__).with_name("page.html")).read_text(encoding="utf-8"))
-    tables = [_metrics_table(r), _chi2_table(r), _timing_table(r), _provenance_table(r)]
+    tables = [_metrics_table(r), _cross_table(r), _chi2_table(r), _timing_table(r), _provenance_table(r)]
     image = base64.b64encode(drawing.getvalue()).decode()
     room = LIMIT - len(image) - len(template.template) - sum(map(len, tables)) - 20_000
+    letters, _, length = place_of(r)
     subtitle = [method_name(r.method) + (f", {estimate_name(r)}" if estimate_name(r) else ""), _count(len(r.volume.data), "slice")]
     return template.substitute(
         page_title=html.escape(title),
@@ -56,6 +63,10 @@ def page(reconstruction: Any) -> str:
         notice=html.escape(NOTICE),
         cards=_cards(r),
         figure=image,
+        figure_width=max(980, round(81 * drawn.get_size_inches()[0])),
+        figure_words="Figures show one window for all images" + (LETTERS if letters else ""),
+        unit=look(r).unit.rstrip(".").replace(" ", "\u00a0"),
+        length=length,
         figure_alt=html.escape(f"{title}: {', '.join(subtitle)}"),
         tables="\n".join(t for t in tables if t),
         data=json.dumps(viewer_data(r, room), separators=(",", ":")).replace("<", "\\u003c"),
@@ -68,8 +79,13 @@ def _badges(r: Any) -> str:
 
 
 def _kind(r: Any) -> str:
-    text = "Reconstructed from measured data. There is no reference: differences are to filtered backprojection."
-    if r.simulated:
+    names = [{"fbp": "filtered backprojection"}.get(m, method_name(m)) for m in others(r)]
+    missing = "There is no reference" + (f": differences are to {' and '.join(', '.join(names).rsplit(', ', 1))}." if names else ".")
+    if not r.simulated:
+        text = f"Reconstructed from measured data. {missing if r.reference is None else 'The reference came with the data.'}"
+    elif r.reference is None:
+        text = f"The acquisition was simulated. It is not an examination. {missing}"
+    else:
         text = "Retrospective study: the acquisition was simulated from a finished image, which is the reference. It is not an examination."
     flags = r.provenance.get("out_of_scope")
     return text + (f" Outside the scope of the model: {'; '.join(map(str, flags))}." if flags else "")
@@ -79,60 +95,87 @@ def _kind(r: Any) -> str:
 
 
 def viewer_data(reconstruction: Any, room: int = LIMIT) -> dict[str, Any]:
-    """What the viewer shows: volumes packed slice by slice, as many evenly spaced slices as fit into `room` characters."""
-    r = reconstruction
-    volumes = {"result": r.volume, "fbp": None if r.method == "fbp" else r.baseline, "reference": r.reference, "std": r.std}
+    """What the viewer shows: volumes packed slice by slice, as many evenly spaced slices as fit into `room` characters.
+
+    Numbers are in the look's unit; `scale` says how many steps of a packed volume are one unit.
+    """
+    r, style = reconstruction, look(reconstruction)
+    volumes = {"result": r.volume, **others(r), "reference": r.reference, "std": r.std}
     known = {key: volume.data for key, volume in volumes.items() if volume is not None}
-    scales = {key: 10 if key == "std" else 1 for key in known}
+    scales = {key: _steps(data, 10 if key == "std" else 1, style) for key, data in known.items()}
+
+    def packed(key: str, index: int) -> str:
+        return pack(np.asarray(known[key][index], np.float64) / style.factor, scales[key])
+
     count = len(r.volume.data)
     middle = count // 2
-    size = sum(len(pack(data[middle], scales[key])) for key, data in known.items())
-    fit = max(1, min(count, int(0.97 * room / max(size, 1))))
+    fit = max(1, min(count, int(0.97 * room / max(sum(len(packed(key, middle)) for key in known), 1))))
     chosen = [middle] if fit == 1 else sorted({round(i) for i in np.linspace(0, count - 1, fit)})
-    source = (r.volume if r.reference is None else r.reference).data
-    best = np.asarray(r.volume.data[middle], float)
-    other = r.baseline if r.reference is None else r.reference
-    name = method_name(r.method)
-    panels = [{"key": "reference", "title": "Reference"}] if "reference" in known else []
-    panels += [{"key": "fbp", "title": "FBP"}] if "fbp" in known else []
-    panels += [{"key": "result", "title": name}]
-    panels += [{"key": "std", "title": f"Standard deviation of {r.samples} samples"}] if "std" in known else []
-    if "reference" in known:
-        panels += [{"key": "fbp", "minus": "reference", "title": "FBP − reference"}] if "fbp" in known else []
-        panels += [{"key": "result", "minus": "reference", "title": f"{name} − reference"}]
-    elif "fbp" in known:
-        panels += [{"key": "result", "minus": "fbp", "title": f"{name} − FBP"}]
-    rows, columns = find_detail(np.asarray(source[middle], float))
+    shown = {key: np.asarray(data[middle], float) / style.factor for key, data in known.items()}
+    rows, columns = find_detail(shown.get("reference", shown["result"]), style)
+    panels = _panels(r)
+    spread = [shown["result"] - shown[p["minus"]] for p in panels if p.get("minus") and p["key"] == "result"]
+    letters, pixel, length = place_of(r)
     return {
         "shape": list(r.volume.data.shape[-2:]),
-        "spacing": spacing(r.volume.affine),
-        "letters": orientation(r.volume.affine),
+        "spacing": pixel,
+        "length": length,
+        "letters": letters,
+        "unit": style.unit,
+        "factor": style.factor,
+        "digits": style.digits,
         "simulated": bool(r.simulated),
         "slices": chosen,
         "count": count,
         "start": chosen.index(min(chosen, key=lambda i: abs(i - middle))),
         "panels": panels,
-        "presets": {key: list(value) for key, value in PRESETS.items()},
-        "difference": difference_range(best - np.asarray(other.data[middle], float)),
-        "spread": std_range(r.std.data[middle]) if r.std is not None else 100,
+        "columns": max(p.get("column", 1) for p in panels) if "column" in panels[0] else 2 if len(panels) == 4 else min(3, len(panels)),
+        "presets": {key: list(value) for key, value in style.presets.items()},
+        "difference": difference_range(style, *spread),
+        "spread": std_range(style, shown["std"]) if "std" in shown else 0.1 * style.span,
         "detail": [rows.start, rows.stop, columns.start, columns.stop],
         "scores": {key: {m: [_json_number(values[i]) for i in chosen] for m, values in _lists(r, method).items()}
-                   for key, method in (("result", r.method), ("fbp", "fbp")) if _lists(r, method)},
+                   for key, method in (("result", r.method), *((m, m) for m in others(r))) if _lists(r, method)},
         "scale": scales,
-        "volumes": {key: [pack(data[i], scales[key]) for i in chosen] for key, data in known.items()},
+        "volumes": {key: [packed(key, i) for i in chosen] for key in known},
     }  # fmt: skip
 
 
-def pack(image: np.ndarray, scale: int = 1) -> str:
-    """An image in HU as base64 of zlib of int16: `round(scale * value)`, differences along rows, low bytes before high bytes."""
+def _panels(r: Any) -> list[dict[str, Any]]:
+    """The viewer's panels in reading order; with three images and more, differences and deviation stand in the columns of their images."""
+    name, beside = method_name(r.method), list(others(r))
+    images = ["reference"] * (r.reference is not None) + [*beside, "result"]
+    titles = {"reference": "Reference", **{m: method_name(m) for m in beside}, "result": name}
+    panels: list[dict[str, Any]] = [{"key": key, "title": titles[key]} for key in images]
+    if r.std is not None:
+        place = 1 if r.reference is not None else len(images)
+        words = "Standard deviation" if len(images) < 5 else "SD"
+        panels.append({"key": "std", "title": f"{words} of {r.samples} samples", "column": place})
+    for key in [*beside, "result"] if r.reference is not None else []:
+        panels.append({"key": key, "minus": "reference", "title": f"{titles[key]} − reference", "column": 1 + images.index(key)})
+    for key in beside if r.reference is None else []:
+        panels.append({"key": "result", "minus": key, "title": f"{name} − {titles[key]}", "column": 1 + images.index(key)})
+    if len(images) < 3:
+        return [{key: value for key, value in p.items() if key != "column"} for p in panels]
+    return [{"column": 1 + k, **p} for k, p in enumerate(panels[: len(images)])] + sorted(panels[len(images) :], key=lambda p: p["column"])
+
+
+def _steps(data: np.ndarray, fine: int, style: Look) -> float:
+    """Steps of int16 per unit: as fine as the look wants, `fine` times finer for deviations, and the largest value still fits."""
+    largest = float(np.abs(data).max()) / style.factor
+    return min(fine / style.grain, 32767 / largest) if largest else fine / style.grain
+
+
+def pack(image: np.ndarray, scale: float = 1) -> str:
+    """An image as base64 of zlib of int16: `round(scale * value)`, differences along rows, low bytes before high bytes."""
     values = np.clip(np.rint(np.nan_to_num(np.asarray(image, np.float64)) * scale), -32768, 32767).astype(np.int16)
     steps = np.diff(values, axis=1, prepend=np.int16(0)).astype("<i2")
     planes = steps.reshape(-1).view(np.uint8).reshape(-1, 2).T
     return base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode()
 
 
-def unpack(text: str, shape: tuple[int, int], scale: int = 1) -> np.ndarray:
-    """The inverse of `pack`, to 1 / scale HU."""
+def unpack(text: str, shape: tuple[int, int], scale: float = 1) -> np.ndarray:
+    """The inverse of `pack`, to half of 1 / scale."""
     planes = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(2, -1)
     steps = np.ascontiguousarray(planes.T).view("<i2").reshape(shape)
     return np.cumsum(steps, axis=1, dtype=np.int16).astype(np.float64) / scale
@@ -149,12 +192,18 @@ def _lists(r: Any, method: str) -> dict[str, list[float]]:
 
 def _cards(r: Any) -> str:
     cards = []
-    ours, theirs = _lists(r, r.method), _lists(r, "fbp") if r.method != "fbp" else {}
-    for key, name, form in (("psnr", "PSNR", "{:.1f} dB"), ("ssim", "SSIM", "{:.3f}"), ("psnr_body", "PSNR in the body", "{:.1f} dB")):
+    ours, region = _lists(r, r.method), look(r).region
+    wanted = {"psnr": ("PSNR", "{:.1f} dB"), "ssim": ("SSIM", "{:.3f}"), f"psnr_{region}": (f"PSNR in the {region}", "{:.1f} dB")}
+    for key, (name, form) in wanted.items():
         if key in ours:
-            mean = mean_sd(ours[key])[0]
-            note = f"FBP {form.format(mean_sd(theirs[key])[0])}" if key in theirs else ""
-            cards.append((name, _format(mean, form), note))
+            best = max(((mean_sd(_lists(r, m)[key])[0], m) for m in others(r) if key in _lists(r, m)), default=None)
+            note = f"{method_name(best[1])} {_format(best[0], form)}" if best else ""
+            cards.append((name, _format(mean_sd(ours[key])[0], form), note))
+    errors = {m: 100 * v["error"] for m, v in held_out(r).items()}
+    if r.method in errors:
+        best_other = next((m for m in errors if m != r.method), None)
+        note = f"{method_name(best_other)} {_format(errors[best_other], '{:.1f} %')}" if best_other else ""
+        cards.append(("Held-out error", _format(errors[r.method], "{:.1f} %"), note))
     if r.chi2 and _finite(r.chi2.get("mean")):
         note = f"samples {r.chi2['samples']:.3f}" if _finite(r.chi2.get("samples")) else ""
         cards.append(("Data consistency χ²", f"{r.chi2['mean']:.3f}", note))
@@ -170,7 +219,7 @@ def _cards(r: Any) -> str:
 
 
 def _metrics_table(r: Any) -> str:
-    methods = [m for m in dict.fromkeys([*("fbp", "tv", "supervised"), *(r.metrics or {})]) if m in (r.metrics or {}) and m != r.method]
+    methods = [m for m in dict.fromkeys([*METHODS, *(r.metrics or {})]) if m in (r.metrics or {}) and m != r.method]
     methods += [r.method] if r.method in (r.metrics or {}) else []
     if not methods:
         return ""
@@ -179,23 +228,37 @@ def _metrics_table(r: Any) -> str:
     rows = []
     for m in methods:
         lists = _lists(r, m)
-        rows.append((method_name(m), *(_mean_sd(lists[k], "ssim" in k) if k in lists else "–" for k in keys)))
+        rows.append((method_name(m), *(_mean_sd(lists[k], k) if k in lists else "–" for k in keys)))
     head = ("Method", *(METRIC_NAMES[k] for k in keys))
-    text = (f"{'Mean ± SD over ' + str(n) + ' slices' if n > 1 else 'One slice'}. Both sides clipped to [−1000, 1000] HU, range 2000 HU; "
-            "full frame, and inside the reference's body mask.")  # fmt: skip
+    text = (f"{'Mean ± SD over ' + str(n) + ' slices' if n > 1 else 'One slice'}. {look(r).signal}; "
+            f"full frame, and inside the reference's {look(r).region} mask.")  # fmt: skip
     table = _table("Agreement with the reference", text, head, rows, strong=len(rows) - 1)
     if n > 1:
         each = [(str(i + 1), *(_one(_lists(r, m).get(k, []), i, k) for m in methods for k in ("psnr", "ssim"))) for i in range(n)]
         head = ("Slice", *(f"{method_name(m)} {k.upper()}" for m in methods for k in ("psnr", "ssim")))
         table += f"<details><summary>Slice by slice</summary>{_table('', '', head, each)}</details>"
-    return f"<section>{table}</section>"
+    return f"<section{' class=wide' if len(keys) > 4 else ''}>{table}</section>"
+
+
+def _cross_table(r: Any) -> str:
+    found = held_out(r)
+    if not found:
+        return ""
+    share = r.cross_check.get("share")
+    rows = [(method_name(m), _format(100 * v["error"], "{:.2f} %"), _format(v["sigmas"], "{:.2f}")) for m, v in found.items()]
+    part = f"{100 * share:g} %" if _finite(share) else "A part"
+    text = (f"{part} of the measurements was held out. Each method reconstructed the image from the rest, and what that image predicts was "
+            "compared with what had been measured. Error: RMS of predicted minus measured, in per cent of the RMS of the measured. In "
+            "sigmas: the same RMS in units of the noise; the true image would reach 1.")  # fmt: skip
+    own = list(found).index(r.method) if r.method in found else -1
+    head = ("Method", "Error", "In sigmas")
+    return f"<section>{_table('Prediction of measurements that were held out', text, head, rows, strong=own)}</section>"
 
 
 def _chi2_table(r: Any) -> str:
-    shown = method_name(r.method) + ("" if r.method in ("fbp", "tv") else ", shown")
-    names = {"reference": "Reference", "samples": "Posterior samples", "mean": shown, "fbp": "FBP"}
-    if r.method == "fbp":
-        names.pop("fbp")
+    shown = method_name(r.method) + ("" if r.method in CLASSICAL else ", shown")
+    names = {"reference": "Reference", "samples": "Posterior samples", "mean": shown}
+    names |= {m: method_name(m) for m in r.chi2 or {} if m not in (*names, r.method, "expected")}
     rows = [(names[k], f"{r.chi2[k]:.3f}") for k in names if r.chi2 and _finite(r.chi2.get(k))]
     if not rows:
         return ""
@@ -219,8 +282,9 @@ def _timing_table(r: Any) -> str:
 
 
 def _provenance_table(r: Any) -> str:
+    names = {"placed": "place known", "sized": "pixel size known"}
     rows = "".join(
-        f'<tr><th scope="row">{html.escape(str(k).replace("_", " "))}</th>'
+        f'<tr><th scope="row">{html.escape(names.get(k, str(k).replace("_", " ")))}</th>'
         f'<td class="{"hash" if "sha" in str(k) else ""}">{html.escape(_words(v))}</td></tr>'
         for k, v in r.provenance.items()
     )
@@ -237,14 +301,18 @@ def _table(title: str, text: str, head: Iterable[str], rows: Iterable[Iterable[s
     return f"{above}<table><thead><tr>{heading}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _mean_sd(values: list[float], ratio: bool) -> str:
+def _mean_sd(values: list[float], key: str) -> str:
     mean, sd = mean_sd(values)
-    digits = 3 if ratio else 2
+    digits = _digits(key)
     return f"{mean:.{digits}f} ± {sd:.{digits}f}" if _finite(sd) else _format(mean, f"{{:.{digits}f}}")
 
 
+def _digits(key: str) -> int:
+    return 4 if key == "nmse" else 3 if "ssim" in key else 2
+
+
 def _one(values: list[float], index: int, key: str) -> str:
-    return _format(values[index], "{:.3f}" if "ssim" in key else "{:.2f}") if index < len(values) else "–"
+    return _format(values[index], f"{{:.{_digits(key)}f}}") if index < len(values) else "–"
 
 
 def _format(value: float, form: str) -> str:

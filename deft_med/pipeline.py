@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,38 +13,33 @@ from deft_med import metrics
 from deft_med.bundle import Model
 from deft_med.errors import UsageError
 from deft_med.guidance import dds
-from deft_med.intensity import Window
 from deft_med.likelihood import Gaussian
 from deft_med.network import use_half
+from deft_med.problem import Problem, pose, with_known_noise
 from deft_med.sample import dpm, start
 from deft_med.schedule import Denoiser, sigmas
-from deft_med.simulate import slice_generator, unresolved
+from deft_med.simulate import slice_generator
 from deft_med.volume import Scan, Volume
-from operators.analytic import FilteredBackprojection
-from operators.ct import encode
-from operators.noise import estimate as estimate_noise
-from operators.variational import TVRecord, tv
 
-METHODS = ("deft", "fbp", "tv")
+METHODS = {"CT": ("deft", "fbp", "tv"), "MR": ("deft", "zero-filled", "cg-sense", "wavelet", "tv")}
 ESTIMATES = ("average", "mean", "sample")
-BASELINE = "hann"  # window of the FBP that stands beside every result
-AIR = -1.0  # u of air: nothing is thinner
-TV_WEIGHT = 3.0  # of the variation of u against |y - A u|^2 / (2 s^2); chosen on the tune subjects
+UNITS = {"CT": "HU", "MR": "a.u."}
 STEPS, SAMPLES = 20, 8
-START = 3.0  # noise level around the posterior mean where samples start: far above the posterior's own spread (u = HU / 1000)
+START = 3.0  # noise level around the posterior mean where samples start: far above the posterior's own spread
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a run made: images in HU on the scan's grid, and how they were made.
+    """What a run made: images in the scan's unit (HU, or a.u. for an MR magnitude) on its grid, and how they were made.
 
-    ``std`` is the posterior standard deviation per pixel (None for one sample); ``metrics`` holds per-slice lists for the method
-    and for FBP where there is a reference; ``chi2`` the data misfit of mean, samples, FBP (1 is expected for a sample).
+    ``beside`` holds the classical methods that every result is shown with, the baseline first; ``std`` is the posterior standard
+    deviation per pixel (None for one sample); ``metrics`` holds per-slice lists for every method where there is a reference; ``chi2``
+    the data misfit of mean, samples and the methods beside (1 is expected for a sample).
     """
 
     volume: Volume
     std: Volume | None
-    baseline: Volume
+    beside: dict[str, Volume]
     reference: Volume | None
     method: str
     estimate: str
@@ -54,19 +49,26 @@ class Reconstruction:
     timing: dict
     provenance: dict
     simulated: bool
+    steps: int = 1
     title: str = ""
     warnings: tuple[str, ...] = ()
+    cross_check: dict | None = None
+
+    @property
+    def baseline(self) -> str:
+        """The classical method that speaks for all of them: fbp or zero-filled."""
+        return next(iter(self.beside))
 
 
 def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft", estimate: str = "average", steps: int = STEPS,
                 samples: int = SAMPLES, seed: int = 0, device: str = "auto",
                 progress: Callable[[int, int], None] | None = None) -> Reconstruction:
-    """Reconstruct a scan.
+    """Reconstruct a scan, slice by slice.
 
     Args:
         scan: measurements with geometry, grid and noise (estimated from the data where it is None).
         model: prior and h-transform, from ``bundle.load_model``; only method 'deft' needs one.
-        method: 'deft', 'fbp' or 'tv'.
+        method: 'deft'; for CT 'fbp' or 'tv'; for MR 'zero-filled', 'cg-sense', 'wavelet' or 'tv'.
         estimate: 'average' of ``samples`` posterior samples, posterior 'mean' in one evaluation, or one 'sample'.
         steps: denoiser evaluations per sample, the first of which (the posterior mean) all samples of a slice share.
         progress: called as progress(done, total) after each evaluation.
@@ -74,59 +76,76 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
     Slice k, sample j draw from (seed, k, j), and every item is computed by itself: a slice does not depend on its batch.
     Raises UsageError for an unknown method, estimate or device and for method 'deft' without a model.
     """
-    _check(method, estimate, model, steps, samples)
-    clock = _Clock()
-    place = _place(device)
-    window = model.window if model is not None else Window()
-    with clock("operator"), torch.no_grad():
-        likelihood = likelihood_of(scan, window, place, filter=BASELINE if model is None else model.filter)
-    with clock("fbp"), torch.no_grad():
-        fbp = likelihood.inverted_by(FilteredBackprojection(likelihood.forward.operator, window=BASELINE)).direct()
-    warnings: tuple[str, ...] = ()
+    _check(scan, method, estimate, model, steps, samples)
+    clock, place, warnings = _Clock(), _place(device), []
     count = samples if method == "deft" and estimate == "average" else 1
-    with clock(method), torch.no_grad():
-        if method == "fbp":
-            drawn = fbp[:, None]
-        elif method == "tv":
-            image, record = total_variation(likelihood, fbp)
-            drawn = image[:, None]
-            if not record.converged:
-                gap = float(record.gap.max())
-                warnings += (f"total variation stopped at a relative gap of {gap:.2g} after {record.iterations} iterations",)
-        else:
-            assert model is not None
-            use_half(model.to(place).deft, place)
-            drawn = draw_posterior(likelihood, model, steps=1 if estimate == "mean" else steps, samples=count, seed=seed, progress=progress)
-    with clock("quality"), torch.no_grad():
-        mean = drawn.mean(1)
-        std = drawn.std(1) if count > 1 else None
-        chi2 = {"mean": likelihood.chi2(mean), "fbp": likelihood.chi2(fbp)}
-        if method == "deft" and estimate != "mean":
-            chi2["samples"] = torch.stack([likelihood.chi2(s) for s in drawn.unbind(1)]).mean(0)
-        if scan.reference is not None:
-            chi2["reference"] = likelihood.chi2(window.normalise(torch.from_numpy(scan.reference.data)[:, None].to(place)))
-        volume, baseline = (_volume(window.restore(u), scan) for u in (mean, fbp))
-        measured = {}
-        if scan.reference is not None:
-            measured = {method: metrics.ct_metrics(volume.data, scan.reference.data),
-                        "fbp": metrics.ct_metrics(baseline.data, scan.reference.data)}
+    if model is not None:
+        use_half(model.to(place).deft, place)
+    known = with_known_noise(scan)
     if scan.noise is None:
-        warnings += ("the noise level was estimated from the data",)
+        warnings.append("the noise level was estimated from the data")
+    slices, shown = len(scan.y), _Shown(progress, len(scan.y))
+    results: dict[str, list[np.ndarray]] = {}
+    chi2: dict[str, list[float]] = {}
+
+    def keep(name: str, problem: Problem, u: Tensor) -> None:
+        results.setdefault(name, []).append(problem.picture(u)[0])
+        chi2.setdefault(name, []).append(float(problem.likelihood.chi2(u)[0]))
+
+    for index in range(slices):
+        with torch.no_grad():
+            with clock("operator"):
+                problem = posed(known, index, model, place)
+            for name in problem.baselines:
+                if name != method:
+                    with clock(name):
+                        u, warning = problem.classical[name]()
+                    keep(name, problem, u)
+                    warnings += [f"slice {index + 1}: {name} {warning}"] if warning else []
+            with clock(method):
+                drawn, warning = solve(problem, method, model, steps=1 if estimate == "mean" else steps, samples=count, seed=seed,
+                                       index=index, progress=shown.of(index))
+                warnings += [f"slice {index + 1}: {method} {warning}"] if warning else []
+            with clock("quality"):
+                keep("mean", problem, drawn.mean(1))
+                if count > 1:
+                    results.setdefault("std", []).append(problem.picture(drawn[0]).std(0, ddof=1))
+                if method == "deft" and estimate != "mean":
+                    each = [float(problem.likelihood.chi2(u)[0]) for u in drawn.unbind(1)]
+                    chi2.setdefault("samples", []).append(sum(each) / len(each))
+                if scan.reference is not None and problem.image is not None:
+                    chi2.setdefault("reference", []).append(float(problem.likelihood.chi2(problem.image(scan.reference.data[index]))[0]))
+    volumes = {name: _volume(np.stack(slices), scan) for name, slices in results.items()}
+    volume, std = volumes.pop("mean"), volumes.pop("std", None)
+    measured = {}
+    if scan.reference is not None:
+        with clock("quality"):
+            measure = {"CT": metrics.ct_metrics, "MR": metrics.mr_metrics}[scan.modality]
+            measured = {name: measure(v.data, scan.reference.data) for name, v in {method: volume, **volumes}.items()}
     provenance = {"method": method, "estimate": estimate, "steps": steps if method == "deft" else None, "samples": count, "seed": seed,
                   "device": place.type, "protocol": scan.protocol, "noise": "estimated" if scan.noise is None else "given"}
     return Reconstruction(
-        volume=volume, std=None if std is None else _volume(std * window.scale, scan), baseline=baseline, reference=scan.reference,
-        method=method, estimate=estimate, samples=count, metrics=measured, timing=clock.seconds,
-        chi2={key: float(value.mean()) for key, value in chi2.items()} | {"expected": 1.0}, provenance=provenance,
-        simulated=scan.simulated, warnings=warnings)
+        volume=volume, std=std, beside=volumes or {method: volume}, reference=scan.reference, method=method, estimate=estimate,
+        samples=count, steps=1 if estimate == "mean" else steps, metrics=measured, timing=clock.seconds, provenance=provenance,
+        simulated=scan.simulated, warnings=tuple(warnings),
+        chi2={name: sum(values) / len(values) for name, values in chi2.items()} | {"expected": 1.0})
 
 
-def total_variation(likelihood: Gaussian, x0: Tensor, weight: float = TV_WEIGHT) -> tuple[Tensor, TVRecord]:
-    """argmin |y - A u|^2 / (2 s^2) + weight TV(u) over u >= air, and how far it converged: the classical method beside DEFT."""
-    forward = likelihood.forward
-    shift = forward(torch.zeros_like(x0))
-    return tv(forward.operator * forward.a, likelihood.y - shift, weight, sigma=likelihood.sigma, x0=x0.clamp(min=AIR), lower=AIR,
-              max_iterations=1500)
+def posed(scan: Scan, index: int, model: Model | None, device: str | torch.device = "cpu") -> Problem:
+    """The problem of a slice as a model sees it, or as the classical methods do."""
+    if model is None:
+        return pose(scan, index, device=device)
+    return pose(scan, index, window=model.window, filter=model.filter, device=device)
+
+
+def solve(problem: Problem, method: str, model: Model | None, *, steps: int, samples: int, seed: int, index: int = 0,
+          progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, str]:
+    """One slice by one method: posterior samples (1, K, C, ny, nx), K = 1 for all but DEFT's, and a warning or nothing."""
+    if method != "deft":
+        u, warning = problem.classical[method]()
+        return u[:, None], warning
+    assert model is not None
+    return draw_posterior(problem.likelihood, model, steps=steps, samples=samples, seed=seed, first=index, progress=progress), ""
 
 
 def posterior_denoiser(likelihood: Gaussian, model: Model, consistency: int | None = None) -> Denoiser:
@@ -137,12 +156,12 @@ def posterior_denoiser(likelihood: Gaussian, model: Model, consistency: int | No
 
 def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, samples: int = 1, seed: int = 0, first: int = 0,
                    consistency: int | None = None, progress: Callable[[int, int], None] | None = None) -> Tensor:
-    """Samples (S, K, 1, ny, nx): the posterior mean in one evaluation at sigma_max, then K runs of steps - 1 levels around it.
+    """Samples (S, K, C, ny, nx): the posterior mean in one evaluation at sigma_max, then K runs of steps - 1 levels around it.
 
-    With steps = 1 it is that mean, (S, 1, 1, ny, nx). Slice k, sample j draw from (seed, first + k, j), and every item is computed
+    With steps = 1 it is that mean, (S, 1, C, ny, nx). Slice k, sample j draw from (seed, first + k, j), and every item is computed
     alone, so that its pixels do not depend on what else is reconstructed.
     """
-    slices, shape = len(likelihood.y), likelihood.forward.operator.domain_shape
+    slices, shape = len(likelihood.y), likelihood.shape
     levels = sigmas(max(1, steps - 1), low=model.sigma_min, high=START)
     done, total, items = 0, slices * (1 + (samples * (steps - 1) if steps > 1 else 0)), []
 
@@ -153,8 +172,9 @@ def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, sa
             progress(done, total)
 
     for index in range(slices):
-        denoiser = posterior_denoiser(likelihood.take(torch.tensor([index])), model, consistency)
-        x = start((1, 1, *shape), model.sigma_max, [slice_generator(seed, first + index, purpose="start")], device=likelihood.y.device)
+        one = likelihood.take(torch.tensor([index])) if slices > 1 else likelihood
+        denoiser = posterior_denoiser(one, model, consistency)
+        x = start((1, *shape), model.sigma_max, [slice_generator(seed, first + index, purpose="start")], device=likelihood.y.device)
         mean = denoiser(x, x.new_full((1,), model.sigma_max))
         tick()
         if steps == 1:
@@ -164,34 +184,22 @@ def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, sa
             generators = [slice_generator(seed, first + index, sample, purpose="sample")]
             x = start(mean.shape, START, generators, mean, device=mean.device)
             items.append(dpm(denoiser, x, levels, eta=model.eta, generators=generators, callback=tick))
-    return torch.cat(items).reshape(slices, -1, 1, *shape)
+    return torch.cat(items).reshape(slices, -1, *shape)
 
 
-def likelihood_of(scan: Scan, window: Window, device: str | torch.device = "cpu", *, filter: str = BASELINE) -> Gaussian:
-    """The likelihood of a scan's images in u: its noise, and what its grid cannot resolve of the line integrals."""
-    scan = with_known_noise(scan)
-    y, noise = (torch.from_numpy(np.broadcast_to(values, scan.y.shape).copy())[:, None].to(device) for values in (scan.y, scan.noise))
-    operator = encode(scan.grid, scan.acquisition, device)
-    sigma = unresolved(noise, max(scan.grid.spacing))
-    return Gaussian(window.fold(operator), y, sigma, FilteredBackprojection(operator, window=filter))
+def _volume(values: np.ndarray, scan: Scan) -> Volume:
+    return Volume(values.astype(np.float32), scan.lps, UNITS[scan.modality])
 
 
-def with_known_noise(scan: Scan) -> Scan:
-    """The scan itself or, where it does not know its noise, the same with an estimate from its data."""
-    return scan if scan.noise is not None else replace(scan, noise=estimate_noise(torch.from_numpy(scan.y)).numpy())
-
-
-def _volume(values: Tensor, scan: Scan) -> Volume:
-    return Volume(values[:, 0].cpu().numpy().astype(np.float32), scan.lps, "HU")
-
-
-def _check(method: str, estimate: str, model: Model | None, steps: int, samples: int) -> None:
-    if method not in METHODS:
-        raise UsageError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+def _check(scan: Scan, method: str, estimate: str, model: Model | None, steps: int, samples: int) -> None:
+    if method not in METHODS[scan.modality]:
+        raise UsageError(f"unknown method {method!r} for {scan.modality}: choose one of {', '.join(METHODS[scan.modality])}")
     if estimate not in ESTIMATES:
         raise UsageError(f"unknown estimate {estimate!r}: choose one of {', '.join(ESTIMATES)}")
     if method == "deft" and model is None:
-        raise UsageError("method deft wants a model: load one with deft_med.bundle.load, or choose method fbp or tv")
+        raise UsageError("method deft wants a model: load one with deft_med.bundle.load_model, or choose a classical method")
+    if method == "deft" and model is not None and model.card.modality != scan.modality:
+        raise UsageError(f"the model is for {model.card.modality}, the scan is {scan.modality}: choose another model")
     if steps < 1 or samples < 1:
         raise UsageError(f"steps and samples are at least 1, got {steps} and {samples}")
 
@@ -217,3 +225,16 @@ class _Clock:
         begun = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
+
+
+class _Shown:
+    """Progress over all slices from the progress of each."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, slices: int) -> None:
+        self.progress, self.slices = progress, slices
+
+    def of(self, index: int) -> Callable[[int, int], None] | None:
+        progress = self.progress
+        if progress is None:
+            return None
+        return lambda done, total: progress(index * total + done, self.slices * total)

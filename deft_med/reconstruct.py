@@ -1,25 +1,32 @@
-"""Reconstruct a CT scan with DEFT, its uncertainty beside it. Research use only, not a medical device.
+"""Reconstruct a CT or MR scan with DEFT, its uncertainty beside it. Research use only, not a medical device.
 
-INPUT is a DICOM file (that slice), a folder of one DICOM series, a NIfTI file, or a sinogram.npz. An image holds no measurements:
-it is studied retrospectively under --protocol, and everything that is written says SIMULATED. A sinogram is a measurement.
+INPUT is a measurement: sinogram.npz, k-space as fastMRI or ISMRMRD (MRD) HDF5 or as complex .npy. Or it is an image: a DICOM file
+(that slice), a folder of one DICOM series, a NIfTI file. An image holds no measurements: it is studied retrospectively under
+--protocol, and everything that is written says SIMULATED.
 """
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
 from typing import Any
 
+DEFAULTS = {"CT": ("ct_sparse60", "ct"), "MR": ("mri_cartesian_4x", "mri")}  # protocol and model
+BASELINES = {"fbp": "FBP", "zero-filled": "zero-filled"}
+
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m deft_med.reconstruct", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("input", nargs="?", metavar="INPUT", help="DICOM file, folder of one series, NIfTI file, or sinogram.npz")
-    p.add_argument("--example", choices=["ct"], help="instead of INPUT: a real head CT slice that ships with pydicom")
+    p.add_argument("input", nargs="?", metavar="INPUT", help="DICOM file, folder of one series, NIfTI, sinogram.npz, k-space .h5 or .npy")
+    p.add_argument("--example", choices=["ct", "mr"],
+                   help="instead of INPUT: a head CT slice that ships with pydicom, or an analytic MR phantom")
     p.add_argument("--out", default="reconstruction", metavar="DIR", help="output folder (default: %(default)s)")
-    p.add_argument("--protocol", default="ct_sparse60", metavar="NAME|FILE", help="acquisition to simulate (default: %(default)s)")
-    p.add_argument("--model", default="ct", metavar="NAME|DIR", help="prior and h-transform (default: %(default)s, shipped)")
-    p.add_argument("--method", default="deft", choices=["deft", "fbp", "tv"])
+    p.add_argument("--protocol", metavar="NAME|FILE", help="acquisition to simulate (default: ct_sparse60 or mri_cartesian_4x)")
+    p.add_argument("--model", metavar="NAME|DIR", help="prior and h-transform (default: the shipped one, ct or mri)")
+    p.add_argument("--method", default="deft", choices=["deft", "fbp", "tv", "zero-filled", "cg-sense", "wavelet"],
+                   help="deft; fbp or tv for CT; zero-filled, cg-sense, wavelet or tv for MR (default: %(default)s)")
     p.add_argument("--estimate", default="average", choices=["average", "mean", "sample"],
                    help="average of --samples posterior samples, posterior mean in one evaluation, or one sample (default: %(default)s)")
     p.add_argument("--steps", type=int, metavar="N", help="denoiser evaluations per sample (default: 20)")
@@ -27,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     p.add_argument("--format", choices=["dicom", "nifti", "both"], help="default: dicom for a DICOM input, else nifti")
+    p.add_argument("--modality", choices=["CT", "MR"], help="what a NIfTI file holds, where its values do not tell")
+    p.add_argument("--cross-check", action="store_true", help="also predict 5 %% of the measurements from the others, by every method")
     p.add_argument("--overwrite", action="store_true", help="replace the output of an earlier run")
     p.add_argument("--allow-lossy", action="store_true", help="accept a source that went through lossy compression; recorded")
     p.add_argument("--out-of-scope-ok", action="store_true", help="run a scan that the model's card does not cover; recorded")
@@ -80,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
     from deft_med.publish import check_target
 
     if (arguments.input is None) == (arguments.example is None):
-        raise UsageError("give one INPUT (a DICOM file or folder, NIfTI, sinogram.npz) or --example ct; --help says more")
+        raise UsageError("give one INPUT (DICOM file or folder, NIfTI, sinogram.npz, k-space .h5 or .npy) or --example; --help says more")
     for name in ("steps", "samples"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UsageError(f"--{name} is at least 1, got {getattr(arguments, name)}")
@@ -89,30 +98,37 @@ def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)
 
-    from deft_med.config import Protocol, load
+    from deft_med.config import protocol as protocol_of
     from deft_med.io import example, read
 
-    path = example(arguments.example) if arguments.example else Path(arguments.input)
-    source = read(path, allow_lossy=arguments.allow_lossy)
+    if arguments.example == "mr":
+        source = phantom()
+    else:
+        path = example(arguments.example) if arguments.example else Path(arguments.input)
+        source = read(path, allow_lossy=arguments.allow_lossy, modality=arguments.modality)
     say = (lambda line: None) if arguments.quiet else (lambda line: print(line, file=sys.stderr))
     wanted = arguments.format or ("dicom" if source.kind == "dicom" else "nifti")
-    if wanted != "nifti" and source.kind != "dicom":
+    if wanted != "nifti" and source.kind != "dicom" and not (source.modality == "MR" and source.placed):
         raise UsageError("DICOM output wants a DICOM input, whose patient and study it copies: say --format nifti")
-    protocol = load(arguments.protocol, Protocol)
+    protocol = protocol_of(arguments.protocol or DEFAULTS[source.modality][0])
     if source.scan is None:
+        if protocol.modality != source.modality:
+            raise UsageError(f"protocol {protocol.name} is for {protocol.modality}, the input is {source.modality}: "
+                             "choose another --protocol")
         say(f"{source.describe()}: a finished image holds no measurements; retrospective study under {protocol.name} "
             f"({protocol.description}), everything is marked SIMULATED")
     else:
         say(f"{source.describe()}: measurements")
 
     from deft_med import bundle
-    from deft_med.pipeline import SAMPLES, STEPS, reconstruct, with_known_noise
+    from deft_med.pipeline import SAMPLES, STEPS, reconstruct
+    from deft_med.problem import with_known_noise
     from deft_med.simulate import simulate
 
     scan = source.scan or simulate(source.volume, protocol, seed=arguments.seed)  # type: ignore[arg-type]
     model, flags = None, []
     if arguments.method == "deft":
-        model = bundle.load_model(arguments.model)
+        model = bundle.load_model(arguments.model or DEFAULTS[source.modality][1])
         flags = bundle.check(model.card, with_known_noise(scan), estimated=scan.noise is None)
         if flags and not arguments.out_of_scope_ok:
             from deft_med.errors import ModelError
@@ -128,6 +144,12 @@ def run(arguments: argparse.Namespace) -> None:
     bar.close()
     for warning in result.warnings:
         say(warning)
+    if arguments.cross_check:
+        from deft_med.crosscheck import cross_check
+
+        methods = list(dict.fromkeys([*result.beside, arguments.method]))
+        checked = cross_check(scan, model, methods, steps=result.steps, samples=result.samples, seed=arguments.seed)
+        result = dataclasses.replace(result, cross_check=checked)
     record = publish(result, source, out, arguments, wanted, model, flags)
     if arguments.json:
         import json
@@ -136,9 +158,22 @@ def run(arguments: argparse.Namespace) -> None:
     say(summary(result, arguments.out))
 
 
+def phantom():
+    """The analytic MR phantom, by way of an MRD file."""
+    import tempfile
+    from pathlib import Path
+
+    from deft_med.io import mrd_write, read
+    from deft_med.phantom import mr_phantom
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "phantom.mrd"
+        mrd_write.write(path, mr_phantom(), (0.9, 0.9))
+        return read(path)
+
+
 def publish(result, source, out, arguments, wanted: str, model, flags: list[str]) -> dict:
     """Write series, volume, report and record; returns the record."""
-    import dataclasses
     import platform
 
     import numpy as np
@@ -153,14 +188,17 @@ def publish(result, source, out, arguments, wanted: str, model, flags: list[str]
         "model_sha256": None if model is None else model.card.sha256, "source": source.kind, "source_sha256": source.digest,
         "simulated": result.simulated, "lossy_source": source.lossy, "out_of_scope": flags,
     }
-    title = f"{'Retrospective CT study' if result.simulated else 'CT reconstruction'}: {result.method.upper()}"
+    what = f"Retrospective {source.modality} study" if result.simulated else f"{source.modality} reconstruction"
+    title = f"{what}: {result.method.upper()}"
     result = dataclasses.replace(result, provenance=provenance, warnings=(*result.warnings, *flags), title=title)
-    record = {"provenance": provenance, "metrics": result.metrics, "chi2": result.chi2, "seconds": result.timing,
+    record = {"provenance": provenance, "metrics": result.metrics, "chi2": result.chi2, "cross_check": result.cross_check,
+              "seconds": result.timing,
               "warnings": list(result.warnings), "notes": "research use only, not a medical device"}
     how = (f"deft_med {__version__}, method {result.method}, estimate {result.estimate}, {result.samples} samples, "
            f"seed {arguments.seed}, protocol {provenance['protocol']}")
+    base = result.baseline.replace("-", "_")
     pictures = [("", result.method.upper(), result.volume, f"{result.method.upper()} reconstruction", how),
-                ("_fbp", "FBP", result.baseline, "FBP baseline", f"deft_med {__version__}, filtered backprojection")]
+                (f"_{base}", base.upper(), result.beside[result.baseline], f"{base} baseline", f"deft_med {__version__}, {base}")]
     if result.std is not None:
         spread = f"posterior standard deviation of {result.samples} samples"
         pictures.append(("_std", "STDDEV", result.std, "standard deviation", f"{spread}, {how}"))
@@ -182,7 +220,7 @@ def summary(result, out: str) -> str:
     parts = [f"{result.method} {result.estimate if result.method == 'deft' else ''}".strip()]
     psnr = {name: measured["mean"]["psnr"] for name, measured in result.metrics.items()}
     if psnr and None not in psnr.values():
-        parts.append(f"PSNR {psnr[result.method]:.2f} dB (FBP {psnr['fbp']:.2f})")
+        parts.append(f"PSNR {psnr[result.method]:.2f} dB ({BASELINES[result.baseline]} {psnr[result.baseline]:.2f})")
     parts.append(f"chi2 {result.chi2.get('samples', result.chi2['mean']):.3f}")
     return f"done in {sum(result.timing.values()):.1f} s: {', '.join(parts)}; open {out}/report.html"
 

@@ -2,17 +2,23 @@
 
 A retrospective study must not reconstruct with the operator that made its data. Measurements come from the source at its native
 matrix (or, where that is no finer than the reconstruction grid, from every pixel split 2 x 2), as strip integrals over a
-detector bin by three sub-rays; reconstruction uses Joseph's single ray on the reconstruction grid.
+detector bin by three sub-rays; reconstruction uses Joseph's single ray on the reconstruction grid. MR studies are of the source's
+own k-space, which is the custom and is said to be kind.
 """
+
+import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from deft_med.config import Noise, Protocol
+from deft_med.config import KSpaceProtocol, Noise, Protocol
+from deft_med.intensity import scale_of
 from deft_med.volume import Scan, Volume
 from operators.ct import RayTransform, attenuation
-from operators.geometry import FanBeam, Grid, ParallelBeam
+from operators.geometry import FanBeam, Grid, ParallelBeam, Trajectory
+from operators.mri import CartesianMRI, Fourier, NonCartesianMRI
 from operators.noise import gaussian, transmission
 
 SUBRAYS, SPLIT, CHUNK = 3, 2, 32
@@ -55,8 +61,13 @@ def reconstruction_grid(volume: Volume, size: int) -> tuple[int, int]:
     return round(rows / factor), round(columns / factor)
 
 
-def simulate(volume: Volume, protocol: Protocol, *, seed: int = 0) -> Scan:
-    """A retrospective study: the measurements that ``protocol`` would have made of ``volume`` (HU, air clamped at -1000).
+def simulate(volume: Volume, protocol: Protocol | KSpaceProtocol, *, seed: int = 0) -> Scan:
+    """A retrospective study: the measurements that ``protocol`` would have made of ``volume`` (HU, or an MR magnitude)."""
+    return _simulate_ct(volume, protocol, seed) if isinstance(protocol, Protocol) else _simulate_mr(volume, protocol, seed)
+
+
+def _simulate_ct(volume: Volume, protocol: Protocol, seed: int) -> Scan:
+    """Line integrals of a volume in HU, air clamped at -1000.
 
     The reference is the area mean of the source on the reconstruction grid; slice k draws its noise from (seed, k).
     """
@@ -76,3 +87,60 @@ def simulate(volume: Volume, protocol: Protocol, *, seed: int = 0) -> Scan:
             sigma.append(deviation)
     return Scan(y=torch.stack(y).numpy(), acquisition=beam, grid=grid, noise=torch.stack(sigma).numpy(), reference=reference,
                 affine=reference.affine, simulated=True, protocol=protocol.name)
+
+
+def _simulate_mr(volume: Volume, protocol: KSpaceProtocol, seed: int) -> Scan:
+    """k-space of a magnitude image with a smooth phase, through smooth coils, with complex noise; coil maps are not handed on.
+
+    A magnitude is no measurement: its own k-space was filtered, combined and interpolated by a scanner, and holds no phase. What is
+    reconstructed from it looks better than a real scan would (Shimron et al., PNAS 2022, "data crimes").
+    """
+    shape = reconstruction_grid(volume, protocol.grid)
+    reference = volume.with_data(np.maximum(volume.data, 0)).resample_to(shape)
+    acquisition = protocol.acquisition(shape, slice_generator(seed, 0, purpose="pattern"))
+    maps = coil_maps(1, protocol.coils, shape, slice_generator(seed, 0, purpose="coils"))[0]
+    encoding = NonCartesianMRI(acquisition, maps) if isinstance(acquisition, Trajectory) else CartesianMRI(acquisition, maps)
+    whole, y, sigma = Fourier(shape), [], []
+    for index, magnitude in enumerate(torch.from_numpy(reference.data)):
+        generator = slice_generator(seed, index, purpose="measure")
+        image = torch.polar(magnitude, smooth_phase(1, shape, generator)[0])
+        level = protocol.noise_percent / 100 * float(scale_of(whole(image)[None]))
+        kspace = gaussian(encoding(image), level, generator=generator)
+        y.append(kspace if isinstance(acquisition, Trajectory) else kspace * torch.from_numpy(acquisition.mask))
+        sigma.append(level)
+    noise = np.array(sigma, np.float32).reshape(-1, *[1] * y[0].ndim)
+    return Scan(y=torch.stack(y).numpy(), acquisition=acquisition, grid=Grid(shape=shape, spacing=reference.spacing[1:]), noise=noise,
+                reference=reference, affine=reference.affine, simulated=True, protocol=protocol.name)
+
+
+def coil_maps(count: int, coils: int, shape: tuple[int, int], generator: Generator) -> Tensor:
+    """Smooth random sensitivities (count, coils, ny, nx) of unit sum of squares: coils on a ring about the field of view, each
+    falling off with the distance, with a slowly turning phase."""
+    if coils == 1:
+        return torch.ones(count, 1, *shape, dtype=torch.complex64)
+    y, x = _axes(shape)
+    r = torch.rand(count, coils, 5, generator=generator)
+    ring = torch.rand(count, 2, generator=generator)
+    angle = 2 * math.pi * (torch.arange(coils) + 0.5 * r[..., 0]) / coils + 2 * math.pi * ring[:, :1]
+    radius = (1.1 + 0.5 * ring[:, 1:]) * (1 + 0.15 * (r[..., 1] - 0.5))
+    cy, cx = ((radius * f(angle))[..., None, None] for f in (torch.sin, torch.cos))
+    reach = (0.5 + 0.6 * r[..., 2])[..., None, None]
+    fall = 1 / (1 + ((y - cy) ** 2 + (x - cx) ** 2) / reach**2) ** 1.5
+    turn = (2 * r[..., 3:4, None] - 1) * 1.5 * y + (2 * r[..., 4:5, None] - 1) * 1.5 * x + angle[..., None, None]
+    maps = torch.polar(fall, turn)
+    return maps / maps.abs().square().sum(1, keepdim=True).sqrt()
+
+
+def smooth_phase(count: int, shape: tuple[int, int], generator: Generator) -> Tensor:
+    """Random smooth phases (count, ny, nx) in rad: a ramp, a bowl and a slow field, as coils and B0 leave them in an image."""
+    y, x = _axes(shape)
+    r = torch.rand(count, 5, generator=generator)[..., None, None]
+    slow = F.interpolate(torch.randn(count, 1, 4, 4, generator=generator), shape, mode="bicubic")[:, 0]
+    ramp = 4 * (r[:, 0] - 0.5) * y + 4 * (r[:, 1] - 0.5) * x
+    return 2 * math.pi * r[:, 2] + ramp + 3 * (r[:, 3] - 0.5) * (x**2 + y**2) + 0.8 * r[:, 4] * slow
+
+
+def _axes(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(y, x) of every pixel, from -1 to 1 over the image."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, shape[0]), torch.linspace(-1, 1, shape[1]), indexing="ij")
+    return y, x

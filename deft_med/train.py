@@ -15,6 +15,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("config", metavar="CONFIG")
     p.add_argument("--data", metavar="FOLDER", help="images to train and tune on; not needed where the configuration names array files")
     p.add_argument("--manifest", metavar="FILE", help="JSON list that splits them by subject")
+    p.add_argument("--tune", default="", metavar="A,B", help="subjects of the manifest's train split to tune on instead")
     p.add_argument("--out", metavar="DIR", help="folder of the training (default: runs/NAME)")
     p.add_argument("--resume", action="store_true", help="go on where a killed or timed-out training stopped")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -95,9 +96,12 @@ def pools(arguments: argparse.Namespace, config, out):
         from deft_med.subjects import entries, pool
 
         folder, manifest = Path(arguments.data), Path(arguments.manifest) if arguments.manifest else None
+        held = {name for name in arguments.tune.split(",") if name}
         for split, file in files.items():
             if not file.exists():
-                pool(entries(folder if manifest else folder / split, manifest, split)).save(file)
+                listed = entries(folder if manifest else folder / split, manifest, "train" if held else split)
+                listed = [e for e in listed if not held or (e["subject"] in held) == (split == "tune")]
+                pool(listed, modality=config.modality).save(file)
     elif config.data is not None:
         files = {"train": Path(config.data.train), "tune": Path(config.data.tune)}
     missing = [split for split, file in files.items() if not file.is_file()]
@@ -113,7 +117,8 @@ def pictures(out, config) -> None:
     import torch
 
     from deft_med import report
-    from deft_med.kinds import WHOLE, trained
+    from deft_med.draws import WHOLE
+    from deft_med.kinds import MODALITIES, trained
     from deft_med.sample import dpm, start
     from deft_med.schedule import sigmas
 
@@ -127,9 +132,11 @@ def pictures(out, config) -> None:
         prior = trained(out)[1]
         generators = [torch.Generator().manual_seed(k) for k in range(4)]
         with torch.no_grad():
-            x = start((4, 1, WHOLE, WHOLE), prior.sigma_max, generators)
-            images = dpm(prior, x, sigmas(40), eta=1.0, generators=generators)[:, 0] * 1000
-        report.sample_grid(out / "samples.png", list(images.numpy()), [f"sample {k}" for k in range(4)])
+            x = start((4, MODALITIES[config.modality], WHOLE, WHOLE), prior.sigma_max, generators)
+            images = dpm(prior, x, sigmas(40), eta=1.0, generators=generators)
+            images = images[:, 0] * 1000 if config.modality == "CT" else 1000 * torch.linalg.vector_norm(images, dim=1)
+        report.sample_grid(out / "samples.png", list(images.numpy()), [f"sample {k}" for k in range(4)],
+                           window=(400, 40) if config.modality == "CT" else (1400, 700))
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_a_scan_within_the_card(card: Card) -> None:
     ({"noise": 0.2}, "noise 20 % of the mean line integral"),
     ({"noise": np.geomspace(0.005, 0.05, 60)[:, None]}, ""),
     ({"noise": np.geomspace(0.1, 1, 60)[:, None]}, "dose .* photons per ray"),
-    ({"fan": True}, "fan beam: the model was trained on parallel beams"),
+    ({"fan": True}, "fan acquisition: the model was trained on parallel ones"),
 ])  # fmt: skip
 def test_a_scan_outside_the_card(card: Card, changes: dict[str, Any], message: str) -> None:
     import re

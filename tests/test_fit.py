@@ -15,9 +15,10 @@ from torch import nn
 
 from deft_med.config import Noise, build, load
 from deft_med.data import Augmentation, Pool, draw_images
+from deft_med.draws import Acquisitions, Rays
 from deft_med.errors import UsageError
 from deft_med.fit import Recipe, Stage, fit, step_generator
-from deft_med.kinds import KINDS, Acquisitions, Measurements, Network, Training, assemble
+from deft_med.kinds import KINDS, Network, Training, assemble
 from deft_med.prior import Prior
 from deft_med.schedule import draw, draw_vp
 from deft_med.train import main
@@ -150,7 +151,7 @@ def test_shipped_configurations_load() -> None:
 def test_measurements_are_fresh_and_as_noisy_as_they_say(pool: Pool) -> None:
     u = pool.images[256][:2].float().div(1000)[:, None]
     u = torch.nn.functional.avg_pool2d(u, 4)
-    measurements = Measurements(64, Acquisitions(geometries=2, full_views=90), filter="hann")
+    measurements = Rays(64, Acquisitions(geometries=2, full_views=90), filter="hann")
     pixel = torch.tensor([4.0, 6.0])
     for noises in ([Noise(gaussian_percent=3.5)] * 2, [Noise(photons=2e4, electronic=10)] * 2):
         first = measurements.measure(u, pixel, noises, torch.Generator().manual_seed(0))

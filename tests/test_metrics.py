@@ -116,6 +116,34 @@ def test_ct_metrics_clips_both_sides_and_averages_over_slices(rng: np.random.Gen
     assert found["sd"]["ssim"] == pytest.approx(np.std(found["ssim"], ddof=1))
 
 
+def test_head_mask_keeps_the_head_and_fills_the_ventricles(rng: np.random.Generator) -> None:
+    head = disk((96, 80), (50, 40), 30)
+    image = np.where(head, 1e-6, 0) * np.where(disk(head.shape, (50, 40), 6), 0.01, 1)
+    image = image + 2e-8 * np.abs(rng.normal(size=head.shape))
+    mask = metrics.head_mask(image)
+    assert (mask ^ head).sum() < 0.02 * head.sum()
+    assert np.array_equal(metrics.head_mask(np.stack([image, 0 * image])), np.stack([mask, np.zeros_like(mask)]))
+    assert np.array_equal(metrics.head_mask(1e9 * image), mask)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e5])
+def test_mr_metrics_is_of_magnitudes_in_the_range_of_the_volume(rng: np.random.Generator, scale: float) -> None:
+    head = disk((64, 60), (32, 30), 20)
+    ref = scale * np.stack([head * 0.5, head * 2.0, 0.0 * head])
+    x = (ref + 0.1 * scale) * np.exp(1j * rng.uniform(0, 6, ref.shape))
+    x[2] = 0
+    found = metrics.mr_metrics(x, ref)
+    json.dumps(found, allow_nan=False)
+    assert set(found) == {"psnr", "ssim", "nmse", "psnr_head", "ssim_head", "mean", "sd"}
+    assert found["psnr"][:2] == pytest.approx([20 * math.log10(20)] * 2) and found["psnr"][2] is None
+    assert found["psnr_head"] == [pytest.approx(20 * math.log10(20)), pytest.approx(20 * math.log10(20)), None]
+    assert found["nmse"][1] == pytest.approx(0.01 * head.size / (4 * head.sum())) and found["nmse"][2] is None
+    assert found["ssim"][1] == pytest.approx(metrics.ssim(np.abs(x[1]), ref[1], data_range=ref.max()))
+    assert found["ssim_head"][2] is None and found["mean"]["nmse"] == pytest.approx(np.mean(found["nmse"][:2]))
+    bright = metrics.mr_metrics(ref * 3, ref)
+    assert bright["psnr_head"][1] == pytest.approx(20 * math.log10(1 / 2)), "nothing is clipped"
+
+
 def test_mean_sd() -> None:
     assert metrics.mean_sd([1.0, 3.0, math.nan, None]) == (2.0, pytest.approx(math.sqrt(2)))
     assert math.isnan(metrics.mean_sd([5.0])[1]) and math.isnan(metrics.mean_sd([])[0])
@@ -143,3 +171,9 @@ def test_refusals() -> None:
         metrics.body_mask(a[0])
     with pytest.raises(ValueError, match="one shape"):
         metrics.ct_metrics(a, a)
+    with pytest.raises(ValueError, match="head_mask needs"):
+        metrics.head_mask(a[0])
+    with pytest.raises(ValueError, match="mr_metrics needs two"):
+        metrics.mr_metrics(a, a)
+    with pytest.raises(ValueError, match="not zero everywhere"):
+        metrics.mr_metrics(a[None], a[None])

@@ -15,19 +15,20 @@ import pytest
 from deft_med import figure as figures
 from deft_med import page as pages
 from deft_med import report
-from deft_med.metrics import ct_metrics
+from deft_med.metrics import ct_metrics, mr_metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
     data: np.ndarray
     affine: np.ndarray
+    unit: str = "HU"
 
 
 @dataclasses.dataclass(frozen=True)
 class Made:
     volume: Image
-    baseline: Image
+    beside: dict[str, Image]
     reference: Image | None
     std: Image | None
     method: str = "deft"
@@ -39,6 +40,7 @@ class Made:
     provenance: dict[str, Any] = dataclasses.field(default_factory=lambda: {"protocol": "p", "seed": None, "model_sha256": "9f86" * 16})
     simulated: bool = True
     title: str = "Made-up phantom <60 views>"
+    cross_check: dict[str, Any] | None = None
 
 
 def made(shape: tuple[int, int, int] = (3, 48, 56), **changes: Any) -> Made:
@@ -53,8 +55,33 @@ def made(shape: tuple[int, int, int] = (3, 48, 56), **changes: Any) -> Made:
         return Image(data.astype(np.float32), affine)
 
     metrics = {"deft": ct_metrics(out, ref), "fbp": ct_metrics(fbp, ref)}
-    first = Made(image(out), image(fbp), image(ref), image(np.abs(out - ref) + 1), metrics=metrics)
+    first = Made(image(out), {"fbp": image(fbp)}, image(ref), image(np.abs(out - ref) + 1), metrics=metrics)
     return dataclasses.replace(first, **changes)
+
+
+def made_mr(shape: tuple[int, int, int] = (2, 48, 56), scale: float = 1e-6, **changes: Any) -> Made:
+    rng = np.random.default_rng(1)
+    _, row, column = np.mgrid[: shape[0], : shape[1], : shape[2]]
+    distance = np.hypot((row - shape[1] / 2) / shape[1], (column - shape[2] / 2) / shape[2])
+    ref = scale * np.select([distance < 0.12, distance < 0.34, distance < 0.38], [0.5, 2.0, 3.1], 0.0)
+    affine = np.array([[0.0, 0, 4, 0], [0, 1.1, 0, 0], [-1.2, 0, 0, 0], [0, 0, 0, 1]])
+
+    def noisy(level: float) -> Image:
+        return Image(np.abs(ref + scale * level * rng.normal(size=shape)).astype(np.float32), affine, "a.u.")
+
+    beside = {"zero-filled": noisy(0.4), "cg-sense": noisy(0.2), "wavelet": noisy(0.12)}
+    volume, std = noisy(0.06), Image(np.full(shape, 0.06 * scale, np.float32), affine, "a.u.")
+    first = Made(
+        volume, beside, Image(ref.astype(np.float32), affine, "a.u."), std,
+        metrics={name: mr_metrics(v.data, ref) for name, v in {**beside, "deft": volume}.items()},
+        chi2={"mean": 0.9, "samples": 1.0, "zero-filled": 9.1, "wavelet": 1.1, "expected": 1.0}, title="Made-up head",
+    )  # fmt: skip
+    return dataclasses.replace(first, **changes)
+
+
+FOUND = {"zero-filled": (1.0, 5.0), "cg-sense": (0.42, 2.1), "deft": (0.3125, 1.5), "wavelet": (float("nan"), float("nan"))}
+CHECK = {"share": 0.05, "methods": {name: {"error": error, "sigmas": sigmas} for name, (error, sigmas) in FOUND.items()}}
+MEASURED: dict[str, Any] = {"reference": None, "metrics": {}, "simulated": False}
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +108,130 @@ def test_the_figure_names_what_it_shows() -> None:
     assert any("dB" in w and "SSIM" in w for w in words)
 
 
+def panel_titles(reconstruction: Made) -> list[list[str]]:
+    rows = figures.rows_of(reconstruction, 0)
+    return [[p.title if p else "" for p in panels] for _, panels in rows]
+
+
+def test_mr_is_shown_beside_every_method_with_its_unit() -> None:
+    columns = ["Reference", "Zero-filled", "CG-SENSE", "L1-wavelet", "DEFT"]
+    errors = [f"{name} − reference" for name in columns[1:]]
+    assert panel_titles(made_mr()) == [columns, columns, ["Standard deviation", *errors]]
+    assert panel_titles(made_mr(std=None))[2] == ["Profile", *errors]
+    differences = [f"DEFT − {name}" for name in columns[1:-1]]
+    assert panel_titles(made_mr(**MEASURED)) == [columns[1:], columns[1:], [*differences, "Standard deviation"]]
+    assert panel_titles(made_mr(**MEASURED, std=None))[2] == [*differences, "Profile"]
+    rows = figures.rows_of(made_mr(), 0)
+    assert rows[0][0] == "Magnitude   W 3.5  L 1.75" and rows[1][0] == "Detail   W 3.5  L 1.75"
+    assert all(p and p.window == (0, 3.5) for _, panels in rows[:2] for p in panels)
+    words = texts(made_mr())
+    assert not any("HU" in w for w in words)
+    assert {"S", "I", "A", "P"} <= set(words) and any(re.fullmatch(r"[\d.]+ dB  ·  SSIM 0\.\d+", w) for w in words)
+    assert any(re.fullmatch(r"RMS in head 0\.\d+", w) for w in words)
+
+
+@pytest.mark.parametrize("method, beside, expected", [
+    ("zero-filled", [], ["Zero-filled"]),
+    ("zero-filled", ["zero-filled"], ["Zero-filled"]),
+    ("cg-sense", ["zero-filled", "cg-sense", "wavelet"], ["Zero-filled", "L1-wavelet", "CG-SENSE"]),
+])  # fmt: skip
+def test_a_method_is_shown_once(method: str, beside: list[str], expected: list[str]) -> None:
+    first = made_mr(method=method, std=None, samples=1)
+    other = dataclasses.replace(first, beside={name: first.beside[name] for name in beside})
+    assert panel_titles(other)[0] == ["Reference", *expected]
+    alone = dataclasses.replace(other, **MEASURED)
+    assert panel_titles(alone)[0] == expected
+    assert len(panel_titles(alone)) == 2 + (len(expected) > 1)
+    assert [p["title"] for p in pages.viewer_data(alone)["panels"]][: len(expected)] == expected
+    figures.figure(alone)
+
+
+@pytest.mark.parametrize("scale, unit, top", [
+    (1e-6, "10⁻⁶ a.u.", 3.5), (1e-7, "10⁻⁹ a.u.", 350), (0.1, "a.u.", 0.35), (1.0, "a.u.", 3.5), (100, "a.u.", 350), (1e5, "10³ a.u.", 350),
+])  # fmt: skip
+def test_the_viewer_loses_nothing_of_small_and_large_magnitudes(scale: float, unit: str, top: float) -> None:
+    reconstruction = made_mr((1, 32, 32), scale)
+    data = pages.viewer_data(reconstruction)
+    assert data["unit"] == unit and data["presets"]["Magnitude"] == pytest.approx([top, top / 2])
+    assert list(data["presets"]) == ["Magnitude", "Bright", "Full"] and data["presets"]["Full"][0] >= top
+    assert reconstruction.std is not None and reconstruction.reference is not None
+    known = {"result": reconstruction.volume, "std": reconstruction.std, "reference": reconstruction.reference, **reconstruction.beside}
+    assert set(data["volumes"]) == set(known)
+    for key, volume in known.items():
+        back = data["factor"] * pages.unpack(data["volumes"][key][0], (32, 32), data["scale"][key])
+        assert np.abs(back - volume.data[0]).max() < scale * 3.5 / 8000
+    assert 0 < data["spread"] < data["presets"]["Magnitude"][0] and 0 < data["difference"] < data["presets"]["Magnitude"][0]
+    assert round(data["difference"] / top, 6) in {0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5}
+    assert data["scores"]["wavelet"]["psnr_head"][0] == pytest.approx(reconstruction.metrics["wavelet"]["psnr_head"][0], abs=1e-4)
+
+
+def test_an_outlier_and_an_empty_volume_still_fit() -> None:
+    first = made_mr((1, 32, 32))
+    bright = first.volume.data.copy()
+    bright[0, 3, 4] = 1.0
+    data = pages.viewer_data(dataclasses.replace(first, volume=dataclasses.replace(first.volume, data=bright)))
+    back = data["factor"] * pages.unpack(data["volumes"]["result"][0], (32, 32), data["scale"]["result"])
+    assert back[3, 4] == pytest.approx(1.0, rel=1e-4)
+    empty = dataclasses.replace(first.volume, data=0 * bright)
+    nothing = made_mr((1, 32, 32), volume=empty, beside={"zero-filled": empty}, std=None, **MEASURED)
+    assert pages.viewer_data(nothing)["unit"] == "a.u." and figures.figure(nothing)
+
+
+def test_panels_of_the_viewer_stand_in_columns() -> None:
+    def columns(reconstruction: Made) -> tuple[int, list[int | None]]:
+        data = pages.viewer_data(reconstruction)
+        return data["columns"], [p.get("column") for p in data["panels"]]
+
+    assert columns(made_mr()) == (5, [1, 2, 3, 4, 5, 1, 2, 3, 4, 5])
+    assert columns(made_mr(**MEASURED)) == (4, [1, 2, 3, 4, 1, 2, 3, 4])
+    assert columns(made()) == (3, [1, 2, 3, 1, 2, 3])
+    assert columns(made(std=None)) == (3, [1, 2, 3, 2, 3])
+    assert columns(made(**MEASURED)) == (2, [None] * 4)
+    assert columns(made(**MEASURED, std=None, method="fbp")) == (1, [None])
+
+
+def test_an_unknown_place_has_no_letters_and_an_unknown_size_no_millimetres() -> None:
+    lost = made_mr((1, 40, 40), provenance={"protocol": None, "placed": False, "sized": False})
+    words = texts(lost)
+    assert "DEFT, average of 4 samples   ·   slice 1 of 1" in words
+    assert not {"R", "L", "A", "P", "S", "I"} & set(words)
+    assert any(w.endswith(" px") for w in words) and not any(w.endswith(" mm") for w in words) and not any("placed" in w for w in words)
+    html = pages.page(lost)
+    assert viewer(html)["letters"] == {} and viewer(html)["length"] == "px" and "a disk of 10 px" in html and "anterior" not in html
+    assert "anterior" in pages.page(made_mr((1, 40, 40), provenance={"placed": True, "sized": True}))
+
+
+def test_the_prediction_of_held_out_measurements_is_a_table() -> None:
+    html = pages.page(made_mr((1, 32, 32), **MEASURED, cross_check=CHECK))
+    table = html[html.index("Prediction of measurements that were held out") :]
+    assert "5 % of the measurements was held out" in table
+    places = [table.index(name) for name in (">DEFT<", ">CG-SENSE<", ">Zero-filled<", ">L1-wavelet<")]
+    assert places == sorted(places) and ">31.25 %<" in table and ">1.50<" in table and ">–<" in table
+    assert "Held-out error" in html and "CG-SENSE 42.0 %" in html
+    assert "held-out error 31.2 %" in " ".join(texts(made_mr((1, 32, 32), **MEASURED, cross_check=CHECK)))
+    assert "held out" not in pages.page(made_mr((1, 32, 32)))
+
+
+def test_the_mr_page_speaks_of_mr() -> None:
+    html = pages.page(made_mr((1, 32, 32)))
+    words = re.sub(r"<script>.*", "", html, flags=re.S)
+    assert "HU" not in re.sub(r"base64,[^\"]+|<script.*?</script>", "", words, flags=re.S)
+    assert "NMSE" in html and "PSNR, head" in html and "inside the reference's head mask" in html.replace("&#x27;", "'")
+    assert all(f">{name}<" in html for name in ("Zero-filled", "CG-SENSE", "L1-wavelet")) and "All numbers in 10⁻⁶\u00a0a.u.</p>" in html
+    assert not re.search(r"(src|href)=[\"'](?!data:)|https?://|@import|url\(", html)
+    assert "differences are to Zero-filled, CG-SENSE and L1-wavelet." in pages._kind(made_mr((1, 32, 32), **MEASURED))
+    assert "The reference came with the data" in pages._kind(made_mr((1, 32, 32), simulated=False))
+    assert "differences are to filtered backprojection" in pages._kind(made((1, 32, 32), **MEASURED))
+    assert "no reference: differences are to" in pages._kind(made((1, 32, 32), reference=None))
+
+
 @pytest.mark.parametrize("changes", [
     {"reference": None, "metrics": {}, "simulated": False},
     {"std": None, "samples": 1},
     {"std": None, "samples": 1, "method": "fbp", "metrics": {}},
     {"reference": None, "std": None, "samples": 1, "metrics": {}, "method": "fbp", "simulated": False},
     {"chi2": {}, "timing": {}, "provenance": {}},
+    {"method": "tv", "cross_check": CHECK},
 ])  # fmt: skip
 def test_every_kind_of_reconstruction_has_a_report(tmp_path: Path, changes: dict[str, Any]) -> None:
     reconstruction = made((1, 40, 40), **changes)
@@ -127,7 +272,8 @@ def test_the_viewer_holds_the_volume_to_one_hounsfield_unit(html: str) -> None:
     data = viewer(html)
     assert data["slices"] == [0, 1, 2] and data["spacing"] == [2.0, 1.5] and data["letters"]["left"] == "R"
     assert reconstruction.std is not None
-    for key, volume, scale in (("result", reconstruction.volume, 1), ("fbp", reconstruction.baseline, 1), ("std", reconstruction.std, 10)):
+    known = {"result": (reconstruction.volume, 1), "fbp": (reconstruction.beside["fbp"], 1), "std": (reconstruction.std, 10)}
+    for key, (volume, scale) in known.items():
         back = np.stack([pages.unpack(text, (48, 56), scale) for text in data["volumes"][key]])
         assert np.abs(back - volume.data).max() <= 0.5 / scale + 1e-3
     assert data["scores"]["result"]["psnr"] == pytest.approx(reconstruction.metrics["deft"]["psnr"], abs=1e-4)
@@ -160,9 +306,10 @@ def test_orientation_letters(affine: np.ndarray, expected: dict[str, str]) -> No
 def test_a_chest_is_shown_in_the_lung_window_too() -> None:
     chest = np.full((64, 64), -1000.0)
     chest[8:56, 8:56] = 40
-    assert figures.windows_for(chest) == ["Soft tissue"]
+    assert figures.windows_for(chest, figures.CT) == ["Soft tissue"]
     chest[20:40, 14:50] = -850
-    assert figures.windows_for(chest) == ["Soft tissue", "Lung"]
+    assert figures.windows_for(chest, figures.CT) == ["Soft tissue", "Lung"]
+    assert figures.windows_for(chest, figures.look(made_mr((1, 16, 16)))) == ["Magnitude"]
 
 
 def test_a_slice_that_is_not_there() -> None:

@@ -1,0 +1,176 @@
+"""Measurements drawn afresh at every training step, over ranges of acquisitions: one network then serves them all."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from deft_med.config import Noise
+from deft_med.intensity import Affine, Window, scale_of
+from deft_med.likelihood import Gaussian
+from deft_med.simulate import coil_maps, measured_by, smooth_phase, unresolved, with_noise
+from operators import patterns
+from operators.analytic import FilteredBackprojection, WeightedAdjoint
+from operators.ct import RayTransform
+from operators.geometry import Grid, ParallelBeam, uniform_angles
+from operators.mri import CartesianMRI, Complex, Fourier
+from operators.noise import gaussian
+
+WHOLE = 256  # matrix of a whole image; training may also see it at half that
+
+
+@dataclass(frozen=True)
+class Acquisitions:
+    """Ranges that measurements are drawn from, afresh at every step. Views and coverage are log-uniform and uniform over a fixed
+    set of ``geometries`` (their ray matrices stay in memory); noise is drawn per image, transmission with ``photon_share``.
+    A share ``focus`` of the steps is spent on ``focus_views`` over half a turn, the default protocol's geometry; ``full_views`` over
+    half a turn (low-dose scans) are one geometry more."""
+
+    views: tuple[int, int] = (18, 180)
+    coverage_deg: tuple[float, float] = (90.0, 180.0)
+    gaussian_percent: tuple[float, float] = (0.5, 8.0)
+    photons: tuple[float, float] = (5e3, 1e5)
+    electronic: float = 10.0
+    photon_share: float = 0.4
+    geometries: int = 16
+    focus: float = 0.3
+    focus_views: int = 60
+    full_views: int = 360
+
+
+class Rays:
+    """Draws CT likelihoods for images of one size from ``Acquisitions``; its operators are built once, for 1 mm pixels."""
+
+    def __init__(self, size: int, ranges: Acquisitions, *, filter: str, seed: int = 0) -> None:
+        self.size, self.ranges, self.filter, self.window = size, ranges, filter, Window()
+        self.grid = Grid(shape=(size, size), spacing=(1.0, 1.0))
+        draws = torch.rand(ranges.geometries, 3, generator=Generator().manual_seed(seed), dtype=torch.float64).tolist()
+        self.beams = [self._beam(ranges.focus_views, 180.0, 0.0)]
+        for r in draws:
+            views = math.exp(math.log(ranges.views[0]) + r[0] * math.log(ranges.views[1] / ranges.views[0]))
+            low, high = ranges.coverage_deg
+            coverage = high if r[1] < 0.5 else low + 2 * (r[1] - 0.5) * (high - low)  # half of them cover all there is
+            self.beams.append(self._beam(views, coverage, r[2] * math.pi))
+        self.beams.append(self._beam(ranges.full_views, 180.0, 0.0))
+        self._built: dict[int, tuple[RayTransform, RayTransform, FilteredBackprojection]] = {}
+
+    def _beam(self, views: float, coverage_deg: float, first: float) -> ParallelBeam:
+        views = max(2, round(views * self.size / WHOLE))  # so that M/N stays when whole images are shown at half size
+        return ParallelBeam(angles=uniform_angles(views, math.radians(coverage_deg), first),
+                            detectors=math.ceil(math.sqrt(2) * self.size), pitch=1.0)
+
+    def operators(self, index: int) -> tuple[RayTransform, RayTransform, FilteredBackprojection]:
+        """(the simulator's, the solver's, the approximate inverse) of one geometry."""
+        if index not in self._built:
+            solver = RayTransform(self.grid, self.beams[index])
+            self._built[index] = measured_by(self.grid, self.beams[index]), solver, FilteredBackprojection(solver, window=self.filter)
+        return self._built[index]
+
+    def measure(self, u: Tensor, pixel: Tensor, noises: list[Noise], generator: Generator, geometry: int = 0) -> Gaussian:
+        """The likelihood of u (B, 1, n, n) with pixels of ``pixel`` (B,) mm, measured afresh."""
+        simulator, solver, inverse = self.operators(geometry)
+        pixel = pixel[:, None, None, None].to(u)
+        lines = self.window.fold(simulator, pixel)(u)
+        measured = [with_noise(line, noise, generator) for line, noise in zip(lines, noises, strict=True)]
+        y, sigma = torch.stack([y for y, _ in measured]), torch.stack([s.expand_as(y) for y, s in measured])
+        beyond = unresolved(torch.zeros_like(pixel), pixel)  # what a source finer than the training image would have added
+        y = gaussian(y, beyond.expand_as(y), generator=generator)
+        return Gaussian(self.window.fold(solver, pixel), y, unresolved(sigma, pixel), inverse)
+
+    def draw(self, u: Tensor, pixel: Tensor, generator: Generator) -> Gaussian:
+        r = torch.rand(2 + 2 * len(u), generator=generator, dtype=torch.float64).tolist()
+        geometry = 0 if r[0] < self.ranges.focus else 1 + int(r[1] * (len(self.beams) - 1))
+        return self.measure(u, pixel, [self._noise(a, b) for a, b in zip(r[2::2], r[3::2], strict=True)], generator, geometry)
+
+    def _noise(self, which: float, level: float) -> Noise:
+        photon = which < self.ranges.photon_share
+        low, high = self.ranges.photons if photon else self.ranges.gaussian_percent
+        value = math.exp(math.log(low) + level * math.log(high / low))
+        return Noise(photons=value, electronic=self.ranges.electronic) if photon else Noise(gaussian_percent=value)
+
+
+@dataclass(frozen=True)
+class KSpaceRanges:
+    """Ranges that k-space is drawn from. Acceleration is log-uniform, noise (in units of the image's own scale) too; a share
+    ``focus`` of the patterns are equispaced lines at 4, the default protocol's. Patterns are drawn once, ``patterns`` of them. Coil maps
+    are known up to a smooth relative error as calibration leaves it, ``map_error`` (log-uniform)."""
+
+    acceleration: tuple[float, float] = (2.0, 10.0)
+    coils: tuple[int, ...] = (1, 4, 8, 16)
+    noise: tuple[float, float] = (0.003, 0.1)
+    map_error: tuple[float, float] = (0.001, 0.02)
+    patterns: int = 96
+    focus: float = 0.25
+
+
+class KSpace:
+    """Draws MR likelihoods for complex images (B, 2, n, n) of one size; every image has its own mask, coil maps and noise."""
+
+    def __init__(self, size: int, ranges: KSpaceRanges, *, seed: int = 0) -> None:
+        self.size, self.ranges = size, ranges
+        generator = Generator().manual_seed(seed)
+        self.masks = torch.stack([self._mask(k, generator) for k in range(ranges.patterns)])
+
+    def _mask(self, number: int, generator: Generator) -> Tensor:
+        low, high = self.ranges.acceleration
+        r = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        shape, acceleration = (self.size, self.size), math.exp(math.log(low) + r[0] * math.log(high / low))
+        if number < self.ranges.focus * self.ranges.patterns:
+            pattern = patterns.equispaced(shape, 4.0, axis=number % 2, generator=generator)
+        elif number % 3 == 0:
+            side = max(8, round(24 * self.size / WHOLE * (0.5 + r[1])))
+            pattern = patterns.poisson_disc(shape, acceleration, calibration=(side, side), generator=generator)
+        else:
+            lines = patterns.equispaced if number % 3 == 1 else patterns.random
+            pattern = lines(shape, acceleration, axis=int(2 * r[1]), generator=generator)
+        return torch.from_numpy(pattern.mask)
+
+    def measure(self, u: Tensor, masks: Tensor, maps: Tensor, sigma: Tensor, generator: Generator, known: Tensor | None = None) -> Gaussian:
+        """The likelihood of u (B, 2, n, n) seen by ``maps`` (B, C, n, n) through ``masks`` (B, n, n) with noise ``sigma`` (B,).
+
+        ``known`` are the maps that the likelihood has, where they are not the true ones.
+        """
+        channels = Complex((self.size, self.size))
+        lines = (CartesianMRI(masks, maps) @ channels)(u)
+        physics = CartesianMRI(masks, maps if known is None else known)
+        operator = physics @ channels
+        deviation = sigma[:, None, None, None].to(u).expand(lines.shape)
+        y = gaussian(lines, deviation, generator=generator) * masks[:, None]
+        share = float(masks.float().mean())
+        return Gaussian(Affine(operator, 1.0, 0.0), y, deviation, channels.H @ WeightedAdjoint(physics),
+                        count=round(2 * maps.shape[1] * share * self.size**2), ratio=share)
+
+    def draw(self, u: Tensor, pixel: Tensor, generator: Generator) -> Gaussian:
+        r = torch.rand(2 * len(u) + 1, generator=generator, dtype=torch.float64).tolist()
+        coils = self.ranges.coils[int(r[0] * len(self.ranges.coils))]
+        low, high = self.ranges.noise
+        first = int(r[1] * len(self.masks))
+        masks = self.masks[[first] * len(u)]  # one pattern a step, so that M / N is one number
+        sigma = torch.tensor([math.exp(math.log(low) + k * math.log(high / low)) for k in r[1 + len(u):]])
+        shape = (self.size, self.size)
+        maps, known = coil_maps(len(u), coils, shape, generator), None
+        if coils > 1:
+            low, high = self.ranges.map_error
+            error = torch.exp(math.log(low) + torch.rand(len(u), 1, 1, 1, generator=generator) * math.log(high / low))
+            field = torch.randn(len(u) * 2, coils, 12, 12, generator=generator)
+            field = F.interpolate(field, shape, mode="bicubic").reshape(2, len(u), coils, *shape)
+            known = maps * (1 + error * torch.complex(*field))
+            known = known / known.abs().square().sum(1, keepdim=True).sqrt()
+        return self.measure(u, masks, maps, sigma, generator, known)
+
+
+def complex_images(magnitude: Tensor, generator: Generator) -> Tensor:
+    """Magnitudes (B, 1, n, n) >= 0 as complex images (B, 2, n, n) at the scale that a scan can know (`scale_of`).
+
+    Contrast is bent by a power in one half of them, the phase is smooth and random.
+    """
+    count, size = len(magnitude), magnitude.shape[-1]
+    r = torch.rand(count, 3, generator=generator)[..., None, None]
+    bent = magnitude.clamp(min=0).pow(torch.where(r[:, :1] < 0.5, 1.0, torch.exp((r[:, 1:2] - 0.5) * 1.2)))
+    phase = smooth_phase(count, (size, size), generator)[:, None]
+    image = torch.polar(bent, phase)
+    scale = scale_of(Fourier((size, size))(image))[:, None, None, None]
+    jitter = torch.exp((r[:, 2:3] - 0.5) * 0.3)
+    return torch.cat([image.real, image.imag], 1) / scale * jitter

@@ -1,0 +1,173 @@
+"""The inverse problem of one slice in the networks' unit u: what a modality is, to everything behind this page.
+
+CT: u = HU / 1000, line integrals, filtered backprojection. MR: u = image / s as two real channels, k-space through coil maps, where s
+(`intensity.scale_of`) and, where the scan does not bring them, coil maps and noise level come from the measurements alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deft_med.errors import UnsupportedError
+from deft_med.intensity import Affine, Window, scale_of
+from deft_med.likelihood import Gaussian
+from deft_med.simulate import unresolved
+from deft_med.volume import Scan, central
+from operators import coils, whiten
+from operators.analytic import FilteredBackprojection, WeightedAdjoint
+from operators.ct import encode
+from operators.geometry import Cartesian, Trajectory
+from operators.linear import LinearOperator
+from operators.mri import CartesianMRI, Complex, Fourier, NonCartesianMRI
+from operators.noise import estimate
+from operators.solve import cg_sense
+from operators.variational import Record, tv, wavelet
+
+FILTER = "hann"  # window of the FBP that stands beside every result
+AIR = -1.0  # u of air: nothing is thinner
+TV_WEIGHT = 3.0  # CT: of the variation of u against |y - A u|^2 / (2 s^2); chosen on the tune subjects
+SENSE = 30.0  # MR: CG-SENSE's weight over sigma^2: three over the mean square of u
+SPARSE = {"wavelet": 0.3, "tv": 0.2}  # MR: weight times sigma, both for u; like SENSE from a slice of the tune subject
+CALIBRATION = (24, 24)  # centre of a gridded k-space that coil maps are taken from
+SUPPORT = 0.8  # eigenvalue above which ESPIRiT sees the object; at 0.95 edges are lost and chi2 of the best image doubles
+ITERATIONS, MR_ITERATIONS = 1500, 300
+
+Classical = Callable[[], tuple[Tensor, str]]  # -> u (1, C, ny, nx), and a warning or nothing
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One slice: its likelihood, the classical methods for it, and the way back to the scan's unit.
+
+    ``baselines`` name the classical methods that stand beside every result, the first one before all.
+    """
+
+    likelihood: Gaussian
+    classical: Mapping[str, Classical]
+    baselines: tuple[str, ...]
+    picture: Callable[[Tensor], np.ndarray]  # u (K, C, ny, nx) -> [K, row, column] in the scan's unit
+    predict: Callable[[Any, Tensor], Tensor]  # acquisition and u -> what it would measure, without noise
+    image: Callable[[np.ndarray], Tensor] | None = None  # and back, where nothing was lost: (row, column) -> u (1, C, ny, nx)
+
+
+def pose(scan: Scan, index: int = 0, *, window: Window | None = None, filter: str = FILTER, device: str | torch.device = "cpu") -> Problem:
+    """The problem of slice ``index`` of a scan whose noise is known (`with_known_noise`).
+
+    ``window`` and ``filter`` belong to CT: u = (HU - offset) / scale, and the backprojection's filter in the residual.
+    """
+    assert scan.noise is not None
+    y = torch.from_numpy(scan.y[index:index + 1])
+    noise = torch.from_numpy(np.broadcast_to(scan.noise, scan.y.shape)[index:index + 1].copy())
+    return (_ct if scan.modality == "CT" else _mr)(scan, index, y, noise, window or Window(), filter, device)
+
+
+def with_known_noise(scan: Scan) -> Scan:
+    """The scan itself or, where it does not know its noise, the same with an estimate from its data."""
+    if scan.noise is not None:
+        return scan
+    if scan.modality == "CT":
+        return replace(scan, noise=estimate(torch.from_numpy(scan.y)).numpy())
+    levels = []
+    for y in torch.from_numpy(scan.y):
+        kspace, mask, region = _calibration(y, scan)
+        levels.append(whiten.level(kspace, mask, region).sigma)
+    return replace(scan, noise=np.array(levels, np.float32).reshape(-1, *[1] * (scan.y.ndim - 1)))
+
+
+def _ct(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter: str, device: str | torch.device) -> Problem:
+    operator = encode(scan.grid, scan.acquisition, device)  # type: ignore[arg-type]
+    sigma = unresolved(noise, max(scan.grid.spacing))
+    likelihood = Gaussian(window.fold(operator), y[:, None].to(device), sigma[:, None].to(device),
+                          FilteredBackprojection(operator, window=filter))
+
+    def fbp() -> tuple[Tensor, str]:
+        return likelihood.inverted_by(FilteredBackprojection(operator, window=FILTER)).direct(), ""
+
+    return Problem(likelihood, {"fbp": fbp, "tv": lambda: _told(*total_variation(likelihood, fbp()[0]))}, ("fbp",),
+                   lambda u: window.restore(u)[:, 0].cpu().numpy(),
+                   lambda acquisition, u: window.fold(encode(scan.grid, acquisition, device))(u)[:, 0],
+                   lambda hu: window.normalise(torch.from_numpy(hu)[None, None]).to(device))
+
+
+def total_variation(likelihood: Gaussian, x0: Tensor, weight: float = TV_WEIGHT) -> tuple[Tensor, Record]:
+    """CT: argmin |y - A u|^2 / (2 s^2) + weight TV(u) over u >= air, and how far it converged."""
+    forward = likelihood.forward
+    shift = forward(torch.zeros_like(x0))
+    return tv(forward.operator * forward.a, likelihood.y - shift, weight, sigma=likelihood.sigma, x0=x0.clamp(min=AIR), lower=AIR,
+              max_iterations=ITERATIONS)
+
+
+def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter: str, device: str | torch.device) -> Problem:
+    kspace, _, region = _calibration(y[0], scan)
+    if scan.maps is not None:
+        maps = torch.from_numpy(scan.maps[index])
+    else:
+        maps = coil_maps(kspace, region, float(noise.square().mean().sqrt()))
+    y, noise, maps = y.to(device), noise.to(device), maps.to(device)
+    acquisition: Cartesian | Trajectory = scan.acquisition  # type: ignore[assignment]
+
+    def encoding_of(acquisition: Cartesian | Trajectory) -> LinearOperator:
+        return NonCartesianMRI(acquisition, maps) if isinstance(acquisition, Trajectory) else CartesianMRI(acquisition, maps)
+
+    physics = encoding_of(acquisition)
+    count, share = 2 * len(maps) * acquisition.samples, 1 / acquisition.acceleration
+    channels, scale = Complex(physics.domain_shape), float(scale_of(kspace))  # type: ignore[arg-type]
+    likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ WeightedAdjoint(physics), count=count, ratio=share)
+    encoding, level = physics * scale, float(noise.square().mean().sqrt())
+
+    def of(image: Tensor) -> Tensor:
+        return channels.H(image)
+
+    def sense() -> tuple[Tensor, str]:
+        return of(cg_sense(encoding, y, SENSE * level**2, iterations=50)), ""
+
+    def sparse(method: Callable[..., tuple[Tensor, Record]], name: str) -> Callable[[], tuple[Tensor, str]]:
+        def answer() -> tuple[Tensor, str]:
+            image, record = method(encoding, y, SPARSE[name] * scale / level, sigma=noise, max_iterations=MR_ITERATIONS)
+            return _told(of(image), record)
+
+        return answer
+
+    def picture(u: Tensor) -> np.ndarray:
+        magnitude = torch.linalg.vector_norm(u, dim=1) * scale
+        return central(magnitude.cpu().numpy(), scan.picture)
+
+    classical = {"zero-filled": lambda: (likelihood.direct(), ""), "cg-sense": sense,
+                 "wavelet": sparse(wavelet, "wavelet"), "tv": sparse(tv, "tv")}
+    return Problem(likelihood, classical, ("zero-filled", "cg-sense", "wavelet"), picture,
+                   lambda other, u: (encoding_of(other) @ channels)(scale * u))
+
+
+def coil_maps(kspace: Tensor, region: coils.Calibration, sigma: float = 0.0) -> Tensor:
+    """ESPIRiT maps of a k-space's calibration region or, where that is too small for its kernels, low-resolution ones."""
+    if len(kspace) == 1:
+        return torch.ones_like(kspace)
+    data = coils.calibrate(kspace, region)
+    if min(data.shape[1:]) < 12:
+        return coils.low_resolution(kspace, region)
+    return coils.espirit(kspace, region, sigma=sigma, crop=SUPPORT)
+
+
+def _calibration(y: Tensor, scan: Scan) -> tuple[Tensor, Tensor, coils.Calibration]:
+    """(k-space (C, ky, kx), its mask, the region to calibrate from) of one slice; a trajectory's is gridded."""
+    if isinstance(scan.acquisition, Trajectory):
+        images = WeightedAdjoint(NonCartesianMRI(scan.acquisition))(y[:, None])
+        return Fourier(scan.grid.shape)(images), torch.ones(scan.grid.shape, dtype=torch.bool), CALIBRATION
+    mask = torch.from_numpy(scan.acquisition.mask)  # type: ignore[union-attr]
+    ny, nx = mask.shape
+    if not mask[ny // 2, nx // 2]:
+        raise UnsupportedError("the centre of k-space was not sampled (expected a full centre to take coil maps and scale from): "
+                               "reconstruct a scan with calibration lines")
+    return y, mask, None
+
+
+def _told(image: Tensor, record: Record) -> tuple[Tensor, str]:
+    if record.converged:
+        return image, ""
+    return image, f"stopped at a relative gap of {float(record.gap.max()):.2g} after {record.iterations} iterations"

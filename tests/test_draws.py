@@ -1,0 +1,74 @@
+"""Measurements as training draws them: what the likelihood says about the image that they were made of."""
+
+import pytest
+import torch
+
+from deft_med.draws import KSpace, KSpaceRanges, complex_images
+from deft_med.intensity import scale_of
+from deft_med.simulate import coil_maps
+from operators.mri import Fourier
+
+FEW = KSpaceRanges(patterns=6)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def disks(count: int = 2, n: int = 64) -> torch.Tensor:
+    y, x = torch.meshgrid(torch.linspace(-1, 1, n), torch.linspace(-1, 1, n), indexing="ij")
+    image = ((x / 0.7) ** 2 + (y / 0.8) ** 2 < 1) * 0.8 + ((x - 0.2) ** 2 + y**2 < 0.05) * 0.4
+    return image.float().expand(count, 1, n, n).clone()
+
+
+def test_an_image_comes_at_the_scale_that_its_k_space_tells() -> None:
+    u = complex_images(disks(), seeded())
+    assert u.shape == (2, 2, 64, 64)
+    magnitude = torch.linalg.vector_norm(u, dim=1)
+    assert 0.5 < float(magnitude.amax()) < 2
+    again = complex_images(1000 * disks(), seeded())  # the unit of the source does not matter, but for the bent contrast
+    assert float(torch.linalg.vector_norm(again, dim=1).amax()) == pytest.approx(float(magnitude.amax()), rel=0.05)
+
+
+def test_the_scale_does_not_depend_on_coils_or_on_what_is_left_out() -> None:
+    n = 64
+    image = torch.complex(disks(1, n)[:, 0], torch.zeros(1, n, n))
+    full = Fourier((n, n))(image)[:, None]
+    maps = coil_maps(1, 6, (n, n), seeded())
+    coils = Fourier((6, n, n))(maps * image[:, None])
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[::4] = True
+    mask[n // 2 - 12:n // 2 + 12] = True
+    assert float(scale_of(coils)) == pytest.approx(float(scale_of(full)), rel=0.05)
+    assert torch.equal(scale_of(coils * mask[:, None]), scale_of(coils))
+
+
+@pytest.mark.parametrize("coils", [1, 4])
+def test_the_truth_fits_its_k_space(coils: int) -> None:
+    physics = KSpace(64, KSpaceRanges(patterns=6, coils=(coils,), map_error=(1e-6, 1e-5)))
+    u = complex_images(disks(), seeded())
+    likelihood = physics.draw(u, torch.ones(2), seeded(1))
+    assert likelihood.y.shape == (2, coils, 64, 64)
+    assert likelihood.chi2(u).tolist() == pytest.approx([1, 1], abs=4 * (2 / likelihood.count) ** 0.5)
+    assert likelihood.residual(u).shape == u.shape
+    assert (likelihood.s_img > 0).all()
+    noise = likelihood.residual(u).square().flatten(1).mean(1).sqrt()
+    assert noise.tolist() == pytest.approx(likelihood.s_img.tolist(), rel=0.25)
+
+
+def test_the_score_is_the_gradient_of_the_likelihood() -> None:
+    physics = KSpace(64, FEW)
+    u = complex_images(disks(), seeded())
+    likelihood = physics.draw(u, torch.ones(2), seeded(1))
+    guess = (0.5 * u).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(likelihood.log_prob(guess).sum(), guess)
+    torch.testing.assert_close(gradient, likelihood.score(guess.detach()), rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_patterns_are_repeatable_and_spread_over_the_range() -> None:
+    ranges = KSpaceRanges(patterns=12)
+    physics, again = KSpace(96, ranges), KSpace(96, ranges)
+    assert torch.equal(physics.masks, again.masks)
+    shares = physics.masks.float().mean((1, 2))
+    assert float(shares.min()) < 0.3
+    assert float(shares.max()) > 0.2

@@ -1,0 +1,114 @@
+"""The problem of a slice: what a scan knows, what is estimated from it, and classical answers, for CT and MR alike."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from deft_med.config import KSpaceProtocol, Noise, Protocol, protocol
+from deft_med.crosscheck import cross_check, hold_out
+from deft_med.errors import UsageError
+from deft_med.pipeline import reconstruct
+from deft_med.problem import pose, with_known_noise
+from deft_med.simulate import simulate
+from deft_med.volume import Scan, Volume
+from operators.geometry import Cartesian
+
+
+def brain(slices: int = 1, n: int = 64) -> Volume:
+    y, x = np.meshgrid(*[np.linspace(-1, 1, n)] * 2, indexing="ij")
+    skull = ((x / 0.8) ** 2 + (y / 0.9) ** 2 < 1) * 1.0 - ((x / 0.72) ** 2 + (y / 0.82) ** 2 < 1) * 0.6
+    image = skull + ((x - 0.2) ** 2 + (y + 0.2) ** 2 < 0.04) * 0.3 + ((x + 0.3) ** 2 + y**2 < 0.02) * 0.25
+    return Volume(np.stack([350 * image] * slices), np.diag([3.0, 3.0, 5.0, 1.0]), "a.u.")
+
+
+def study(pattern: str = "equispaced", acceleration: float = 3, **more) -> Scan:
+    more = {"coils": 4, "noise_percent": 2.0, "grid": 64} | more
+    return simulate(brain(), KSpaceProtocol(name="small", pattern=pattern, acceleration=acceleration, **more), seed=1)
+
+
+def test_a_study_of_an_image_is_k_space_through_coils() -> None:
+    scan = study()
+    assert scan.modality == "MR"
+    assert scan.y.shape == (1, 4, 64, 64)
+    assert scan.simulated
+    assert scan.maps is None
+    mask = scan.acquisition.mask
+    assert not scan.y[..., ~mask].any()
+    assert np.array_equal(scan.y, study().y)
+
+
+@pytest.mark.parametrize("pattern", ["equispaced", "poisson", "random"])
+def test_the_noise_is_found_in_k_space(pattern: str) -> None:
+    scan = study(pattern, noise_percent=4.0)
+    found = with_known_noise(dataclasses.replace(scan, noise=None))
+    ratio = float(found.noise.ravel()[0]) / float(scan.noise.ravel()[0])
+    assert 0.7 < ratio < (1.8 if pattern == "equispaced" else 1.3)  # a small centre tells an upper bound
+
+
+@pytest.mark.parametrize("pattern", ["equispaced", "poisson"])
+def test_classical_methods_answer_in_the_unit_of_the_source(pattern: str) -> None:
+    scan = study(pattern)
+    problem = pose(scan)
+    truth = scan.reference.data[0]
+    errors = {}
+    for name, method in problem.classical.items():
+        with torch.no_grad():
+            u, _ = method()
+        picture = problem.picture(u)[0]
+        errors[name] = float(np.sqrt(np.mean((picture - truth) ** 2)) / np.sqrt(np.mean(truth**2)))
+    assert errors["zero-filled"] < 0.6
+    assert errors["cg-sense"] < errors["zero-filled"]
+    assert errors["wavelet"] < errors["zero-filled"]
+    assert errors["tv"] < 0.15
+
+
+def test_reconstruct_serves_both_modalities_with_the_same_words() -> None:
+    result = reconstruct(study(), method="cg-sense")
+    assert list(result.beside) == ["zero-filled", "wavelet"]
+    assert result.volume.unit == "a.u."
+    assert {"zero-filled", "wavelet", "mean", "expected"} == set(result.chi2)
+    assert result.metrics["cg-sense"]["mean"]["psnr"] > result.metrics["zero-filled"]["mean"]["psnr"]
+    with pytest.raises(UsageError, match="unknown method 'fbp' for MR: choose one of deft, zero-filled"):
+        reconstruct(study(), method="fbp")
+
+
+def test_held_out_measurements_are_measurements_and_the_centre_stays() -> None:
+    for scan in (study(), study("poisson")):
+        kept, held = hold_out(scan)
+        assert np.array_equal(kept.y + held.y, scan.y)
+        assert not (kept.acquisition.mask & held.acquisition.mask).any()
+        assert 0 < held.acquisition.samples <= 0.12 * scan.acquisition.samples
+        assert kept.acquisition.mask[31:33, 31:33].all()
+
+
+def test_ct_is_held_out_view_by_view() -> None:
+    y, x = np.meshgrid(*[np.linspace(-1, 1, 48)] * 2, indexing="ij")
+    volume = Volume(np.where(x**2 + y**2 < 0.6, 40.0, -1000.0)[None], np.diag([4.0, 4.0, 5.0, 1.0]))
+    scan = simulate(volume, Protocol(name="few", views=40, noise=Noise(gaussian_percent=2.0), grid=48))
+    kept, held = hold_out(scan)
+    assert (len(kept.acquisition.angles), len(held.acquisition.angles)) == (38, 2)
+    checked = cross_check(scan, None, ["fbp", "tv"])
+    assert checked["methods"]["tv"]["sigmas"] == pytest.approx(1, abs=0.35)
+    assert checked["methods"]["tv"]["error"] < checked["methods"]["fbp"]["error"]
+
+
+def test_the_cross_check_ranks_methods_without_a_reference() -> None:
+    checked = cross_check(study("poisson"), None, ["zero-filled", "cg-sense", "tv"])
+    errors = {name: found["error"] for name, found in checked["methods"].items()}
+    assert errors["tv"] < errors["zero-filled"]
+    assert checked["methods"]["tv"]["sigmas"] > 0.8
+
+
+def test_protocols_tell_their_modality() -> None:
+    assert protocol("ct_sparse60").modality == "CT"
+    found = protocol("mri_cartesian_4x")
+    assert found.modality == "MR"
+    acquisition = found.acquisition((128, 96), torch.Generator().manual_seed(0))
+    assert isinstance(acquisition, Cartesian)
+    assert acquisition.acceleration == pytest.approx(4, rel=0.1)
+    with pytest.raises(UsageError, match="pattern is one of equispaced"):
+        KSpaceProtocol(name="x", pattern="star", acceleration=4)
+    with pytest.raises(UsageError, match="wants acceleration >= 1"):
+        KSpaceProtocol(name="x", pattern="radial", acceleration=0.5)
