@@ -18,7 +18,6 @@ from torch import Tensor
 
 from operators import _sparse
 from operators._sparse import Chunk
-from operators.coils import calibration_region
 from operators.ct import RayTransform
 from operators.geometry import Array, Beam, FanBeam, Grid, ParallelBeam, Trajectory
 from operators.linear import LinearOperator
@@ -262,9 +261,10 @@ def backprojection_chunks(grid: Grid, beam: Beam) -> Iterator[Chunk]:
 class WeightedAdjoint(LinearOperator):
     """A.H W of an MRI operator, (*batch, C, ...) -> (*batch, ny, nx): zero-filled or gridded, at the image's own brightness.
 
-    On the grid W is 1 in the fully sampled centre and points / samples outside it, so that the mean diagonal of B A is 1 over the maps'
-    support and a smooth image comes back at its value. Off it W is `density`, and the mean diagonal is the part of the k-space plane
-    that the trajectory reaches (pi / 4 for a full disk, whose corners no sample sees). Maps may have any sum of squares.
+    On the grid W is 1: for unit-norm maps and one coil A.H is then the pseudo-inverse, and z + B(y - A z) is z with its measured part
+    replaced, which no other weighting gives (one that makes the mean diagonal of B A 1 overshoots by the acceleration). Off it W is
+    `density`, and the mean diagonal is the part of the k-space plane that the trajectory reaches (pi / 4 for a full disk, whose corners
+    no sample sees), so that a smooth image comes back at its value. Maps may have any sum of squares.
 
     Args:
         operator: a `CartesianMRI` or a `NonCartesianMRI`; for two real channels compose, `Complex(shape).H @ WeightedAdjoint(A)`.
@@ -286,7 +286,7 @@ class WeightedAdjoint(LinearOperator):
         support = power > 1e-3 * power.amax(dim=(-2, -1), keepdim=True)
         scale = support.sum(dim=(-2, -1), keepdim=True) / (power * support).sum(dim=(-2, -1), keepdim=True)
         if isinstance(operator, CartesianMRI):
-            weights = _spread(operator.mask)
+            weights = torch.ones((), dtype=torch.float64)
         else:
             weights = torch.tensor(density(operator.trajectory))
         self.register_buffer("_scale", scale, persistent=False)
@@ -299,18 +299,6 @@ class WeightedAdjoint(LinearOperator):
     def _adjoint(self, y: Tensor) -> Tensor:
         real = y.real.dtype
         return self.operator._forward(y * self._scale.to(real)) * self._weights.to(real)
-
-
-def _spread(mask: Tensor) -> Tensor:
-    """Points of the grid that each sample of a mask (*batch, ny, nx) stands for: 1 in the full centre, the same outside it."""
-    weights = []
-    for one in mask.flatten(end_dim=-3) if mask.ndim > 2 else mask[None]:
-        centre = torch.zeros_like(one)
-        if one[one.shape[0] // 2, one.shape[1] // 2]:
-            centre[calibration_region(one)] = True
-        outside = int((one & ~centre).sum())
-        weights.append(torch.where(centre, 1.0, int((~centre).sum()) / max(1, outside)).double())
-    return torch.stack(weights).reshape(mask.shape)
 
 
 @functools.lru_cache(maxsize=8)

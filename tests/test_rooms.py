@@ -80,7 +80,7 @@ OPERATORS: dict[str, set[str]] = {
     "_nufft": {"geometry"},
     "mri": {"linear", "geometry", "_nufft"},
     "coils": set(),
-    "analytic": {"_sparse", "linear", "geometry", "ct", "mri", "coils", "solve"},
+    "analytic": {"_sparse", "linear", "geometry", "ct", "mri", "solve"},
     "solve": {"linear"},
     "variational": {"linear", "solve"},
     "testing": {"linear", "geometry", "solve"},
