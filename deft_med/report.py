@@ -18,12 +18,12 @@ __all__ = ["NOTICE", "loss_curve", "report_html", "report_png", "sample_grid"]
 
 
 def report_png(reconstruction: Any, path: str | Path, slice_index: int | None = None) -> None:
-    """Draw one slice (the middle one by default) beside its baseline, reference, differences and standard deviation, to a PNG file."""
+    """Draw one slice (the middle one by default) beside other methods, reference, differences and standard deviation, to a PNG file."""
     figure(reconstruction, slice_index).savefig(Path(path), format="png", dpi=150, metadata={"Software": "deft_med"})
 
 
 def report_html(reconstruction: Any, path: str | Path) -> None:
-    """Write one self-contained HTML page: a viewer with window, slices and HU under the cursor, the figure, metrics and provenance."""
+    """Write one self-contained HTML page: a viewer with window, slices and values under the cursor, the figure, metrics and provenance."""
     Path(path).write_text(page(reconstruction), encoding="utf-8")
 
 
@@ -68,7 +68,7 @@ def loss_curve(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 def sample_grid(path: str | Path, images: Sequence[np.ndarray], titles: Sequence[str] = (), *,
                 window: tuple[float, float] = (400, 40)) -> None:  # fmt: skip
-    """Draw images in HU (row, column) side by side to a PNG, eight to a line, in one window (width, level)."""
+    """Draw images (row, column) side by side to a PNG, eight to a line, in one window (width, level), in HU unless it is given."""
     images = [np.asarray(image, float) for image in images]
     if not images:
         raise ValueError("no image to draw")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from deft_med import figure as figures
 from deft_med import page as pages
@@ -87,6 +88,12 @@ MEASURED: dict[str, Any] = {"reference": None, "metrics": {}, "simulated": False
 @pytest.fixture(scope="module")
 def html() -> str:
     return pages.page(made())
+
+
+@pytest.fixture()
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without their drawing, for tests that read the words."""
+    monkeypatch.setattr(pages, "figure", lambda r: Figure((1, 1)))
 
 
 def texts(reconstruction: Made) -> list[str]:
@@ -190,7 +197,7 @@ def test_panels_of_the_viewer_stand_in_columns() -> None:
     assert columns(made(**MEASURED, std=None, method="fbp")) == (1, [None])
 
 
-def test_an_unknown_place_has_no_letters_and_an_unknown_size_no_millimetres() -> None:
+def test_an_unknown_place_has_no_letters_and_an_unknown_size_no_millimetres(bare: None) -> None:
     lost = made_mr((1, 40, 40), provenance={"protocol": None, "placed": False, "sized": False})
     words = texts(lost)
     assert "DEFT, average of 4 samples   ·   slice 1 of 1" in words
@@ -201,7 +208,7 @@ def test_an_unknown_place_has_no_letters_and_an_unknown_size_no_millimetres() ->
     assert "anterior" in pages.page(made_mr((1, 40, 40), provenance={"placed": True, "sized": True}))
 
 
-def test_the_prediction_of_held_out_measurements_is_a_table() -> None:
+def test_the_prediction_of_held_out_measurements_is_a_table(bare: None) -> None:
     html = pages.page(made_mr((1, 32, 32), **MEASURED, cross_check=CHECK))
     table = html[html.index("Prediction of measurements that were held out") :]
     assert "5 % of the measurements was held out" in table
@@ -212,7 +219,7 @@ def test_the_prediction_of_held_out_measurements_is_a_table() -> None:
     assert "held out" not in pages.page(made_mr((1, 32, 32)))
 
 
-def test_the_mr_page_speaks_of_mr() -> None:
+def test_the_mr_page_speaks_of_mr(bare: None) -> None:
     html = pages.page(made_mr((1, 32, 32)))
     words = re.sub(r"<script>.*", "", html, flags=re.S)
     assert "HU" not in re.sub(r"base64,[^\"]+|<script.*?</script>", "", words, flags=re.S)
