@@ -21,11 +21,16 @@ from torch import Generator, Tensor, nn
 
 @dataclass(frozen=True)
 class Stage:
-    """Part of a training: ``steps`` batches of ``batch`` images of ``size`` x ``size`` pixels."""
+    """Part of a training: ``steps`` batches of ``batch`` images of ``size`` x ``size`` pixels, with noise up to ``highest``.
+
+    A first stage of low noise only teaches a network to tell noise from detail; with all levels at once it looks at shapes first,
+    and may stay there for thousands of steps.
+    """
 
     steps: int
     size: int
     batch: int
+    highest: float = 80.0
 
 
 @dataclass(frozen=True)

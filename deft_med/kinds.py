@@ -118,15 +118,17 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
             return ((estimate - u) / sigma[:, None, None, None]).square().flatten(1).mean(1)
         return denoising_loss(estimate, u, sigma, config.sd)
 
-    def noised(u: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        epsilon = config.loss == "epsilon"
-        sigma = draw_vp(len(u), generator=generator) if epsilon else draw(len(u), generator=generator, noisy=config.noisy)
+    def noised(u: Tensor, generator: Generator, stage: Stage) -> tuple[Tensor, Tensor]:
+        if config.loss == "epsilon":
+            sigma = draw_vp(len(u), generator=generator)
+        else:
+            sigma = draw(len(u), generator=generator, noisy=config.noisy, high=stage.highest)
         return perturb(u, sigma, torch.randn(u.shape, generator=generator)), sigma
 
     if config.kind == "prior":
         def objective(generator: Generator, stage: Stage) -> Tensor:
             u, _ = images(generator, stage)
-            x, sigma = noised(u, generator)
+            x, sigma = noised(u, generator, stage)
             return loss(model(x, sigma), u, sigma)
 
         return model, objective, _validation(lambda x, sigma, _: model(x, sigma), tune, range(-6, 7), config)
@@ -147,7 +149,7 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
     def conditioned(generator: Generator, stage: Stage) -> Tensor:
         u, pixel = images(generator, stage)
         likelihood = measured(u, pixel, generator)
-        x, sigma = noised(u, generator)
+        x, sigma = noised(u, generator, stage)
         return loss(posterior(x, sigma, likelihood), u, sigma)
 
     return model, conditioned, _validation(posterior, tune, (-5, -3, -2, -1, 0, 2, 6), config)
