@@ -266,7 +266,7 @@ def test_on_the_grid_it_replaces_what_was_measured(pattern):
     operator = CartesianMRI(pattern(shape), maps)
     inverse = WeightedAdjoint(operator) @ operator
     diagonal = torch.diagonal(inverse(torch.eye(120, dtype=C64).reshape(120, *shape)).reshape(120, 120)).reshape(shape)
-    assert complex(diagonal[4:].mean()) == pytest.approx(float(operator.mask.float().mean()), abs=1e-5)  # the share of k-space that it knows
+    assert complex(diagonal[4:].mean()) == pytest.approx(float(operator.mask.float().mean()), abs=1e-5)  # what it knows
     assert not diagonal[:4].any()
     full = CartesianMRI(Cartesian.of(np.ones(shape, dtype=bool)), coils(shape))
     x = torch.randn(shape, dtype=C64)
