@@ -48,7 +48,7 @@ class Window:
     def restore(self, u: Tensor) -> Tensor:
         return u * self.scale + self.offset
 
-    def fold(self, operator: LinearOperator, pixel: float | Tensor = 1.0) -> Affine:
+    def fold(self, operator: LinearOperator, pixel: float | Tensor = 1.0, mu_water: float = MU_WATER) -> Affine:
         """u -> line integrals, for an operator on attenuation in 1/mm: mu = mu_w (1 + HU / 1000), HU = offset + scale u.
 
         ``pixel`` multiplies the operator's lengths: an operator built for 1 mm pixels serves images of any pixel size.
@@ -56,7 +56,7 @@ class Window:
         """
         if self.unit != "HU":
             raise ValueError(f"a ray transform wants a window in HU, got one in {self.unit!r}")
-        return Affine(operator, MU_WATER * pixel * self.scale / 1000, MU_WATER * pixel * (1 + self.offset / 1000))
+        return Affine(operator, mu_water * pixel * self.scale / 1000, mu_water * pixel * (1 + self.offset / 1000))
 
 
 

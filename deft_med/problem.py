@@ -21,7 +21,7 @@ from deft_med.simulate import unresolved
 from deft_med.volume import Scan, central
 from operators import coils, whiten
 from operators.analytic import FilteredBackprojection, WeightedAdjoint
-from operators.ct import encode
+from operators.ct import MU_WATER, encode
 from operators.geometry import Cartesian, Trajectory
 from operators.linear import LinearOperator
 from operators.mri import CartesianMRI, Complex, Fourier, NonCartesianMRI
@@ -83,7 +83,8 @@ def with_known_noise(scan: Scan) -> Scan:
 def _ct(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter: str, device: str | torch.device) -> Problem:
     operator = encode(scan.grid, scan.acquisition, device)  # type: ignore[arg-type]
     sigma = unresolved(noise, max(scan.grid.spacing))
-    likelihood = Gaussian(window.fold(operator), y[:, None].to(device), sigma[:, None].to(device),
+    mu = MU_WATER if scan.mu_water is None else scan.mu_water
+    likelihood = Gaussian(window.fold(operator, mu_water=mu), y[:, None].to(device), sigma[:, None].to(device),
                           FilteredBackprojection(operator, window=filter))
 
     def fbp() -> tuple[Tensor, str]:
@@ -91,7 +92,7 @@ def _ct(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter
 
     return Problem(likelihood, {"fbp": fbp, "tv": lambda: _told(*total_variation(likelihood, fbp()[0]))}, ("fbp",),
                    lambda u: window.restore(u)[:, 0].cpu().numpy(),
-                   lambda acquisition, u: window.fold(encode(scan.grid, acquisition, device))(u)[:, 0],
+                   lambda acquisition, u: window.fold(encode(scan.grid, acquisition, device), mu_water=mu)(u)[:, 0],
                    lambda hu: window.normalise(torch.from_numpy(hu)[None, None]).to(device))
 
 

@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
     model, flags = None, []
     if arguments.method == "deft":
         model = bundle.load_model(arguments.model or DEFAULTS[source.modality][1])
-        flags = bundle.check(model.card, with_known_noise(scan), estimated=scan.noise is None)
+        flags = bundle.check(model.card, with_known_noise(scan), anatomy=source.anatomy, estimated=scan.noise is None)
         if flags and not arguments.out_of_scope_ok:
             from deft_med.errors import ModelError
 

@@ -117,6 +117,7 @@ class Scan:
         simulated: True where y was computed from an image.
         protocol: name of the simulated protocol, for the record.
         maps: MR: coil maps, complex64 [slice, coil, row, column] on the grid, or None.
+        mu_water: CT: attenuation of water at the scan's energy, 1/mm; None is 0.0192 (about 70 keV).
         crop: MR: (rows, columns) of the picture, the central part of the grid (`central`); None is all of it.
 
     Raises:
@@ -133,6 +134,7 @@ class Scan:
     protocol: str | None = None
     maps: Complexes | None = None
     crop: tuple[int, int] | None = None
+    mu_water: float | None = None
 
     def __post_init__(self) -> None:
         check = _check_ct if self.modality == "CT" else _check_mr
@@ -197,6 +199,8 @@ def _first(length: int, part: int) -> int:
 def _check_ct(scan: Scan) -> Floats:
     if scan.maps is not None or scan.crop is not None:
         raise ValueError("Scan.maps and Scan.crop are of MR; leave them out for CT")
+    if scan.mu_water is not None and not 0 < scan.mu_water < 1:
+        raise ValueError(f"Scan.mu_water is water's attenuation in 1/mm, about 0.02, got {scan.mu_water:g}")
     y = _floats("Scan.y", scan.y)
     if y.ndim == 2:
         y = y[None]

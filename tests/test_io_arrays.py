@@ -52,3 +52,11 @@ def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
     scan = Scan(np.zeros((3, 17)), PARALLEL, Grid(shape=(9, 11), spacing=(2.0, 1.5)))
     with pytest.raises(OutputError, match="the sinogram could not be written"):
         arrays.write(scan, tmp_path / "no" / "sinogram.npz")
+
+
+def test_the_energy_of_the_beam_comes_with_a_sinogram(tmp_path: Path) -> None:
+    scan = Scan(np.zeros((3, 17)), PARALLEL, Grid(shape=(9, 11), spacing=(2.0, 1.5)), mu_water=0.0206)
+    arrays.write(scan, tmp_path / "s.npz")
+    assert arrays.read(tmp_path / "s.npz").scan.mu_water == pytest.approx(0.0206)
+    with pytest.raises(ValueError, match="mu_water is water's attenuation in 1/mm, about 0.02, got 19.2"):
+        Scan(np.zeros((3, 17)), PARALLEL, Grid(shape=(9, 11), spacing=(2.0, 1.5)), mu_water=19.2)

@@ -112,3 +112,13 @@ def test_protocols_tell_their_modality() -> None:
         KSpaceProtocol(name="x", pattern="star", acceleration=4)
     with pytest.raises(UsageError, match="wants acceleration >= 1"):
         KSpaceProtocol(name="x", pattern="radial", acceleration=0.5)
+
+
+def test_water_is_zero_hu_at_the_energy_of_the_beam() -> None:
+    y, x = np.meshgrid(*[np.linspace(-1, 1, 48)] * 2, indexing="ij")
+    volume = Volume(np.where(x**2 + y**2 < 0.6, 0.0, -1000.0)[None], np.diag([4.0, 4.0, 5.0, 1.0]))
+    scan = simulate(volume, Protocol(name="many", views=90, noise=Noise(gaussian_percent=0.01), grid=48))
+    harder = dataclasses.replace(scan, y=scan.y * 0.0206 / 0.0192, mu_water=0.0206)
+    water, same = (float(reconstruct(s, method="fbp").volume.data[0, 16:32, 16:32].mean()) for s in (scan, harder))
+    assert water == pytest.approx(0, abs=15)
+    assert same == pytest.approx(water, abs=1)

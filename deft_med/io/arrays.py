@@ -12,6 +12,7 @@
 | source_origin, origin_detector, curved | for a fan: mm, mm, True or False |
 | noise | optional: standard deviation of y, broadcasts to y |
 | affine | optional: (4, 4), (column, row, slice, 1) to LPS mm |
+| mu_water | optional: attenuation of water in 1/mm (default 0.0192) |
 | simulated | optional: True where y was computed |
 """
 
@@ -32,7 +33,7 @@ from deft_med.volume import Scan
 from operators.geometry import FanBeam, Grid, ParallelBeam
 
 REQUIRED = ("y", "angles", "pitch", "grid_shape", "grid_spacing")
-OPTIONAL = ("geometry", "detectors", "offset", "source_origin", "origin_detector", "curved", "noise", "affine", "simulated")
+OPTIONAL = ("geometry", "detectors", "offset", "source_origin", "origin_detector", "curved", "noise", "affine", "mu_water", "simulated")
 UNREADABLE = (SyntaxError, tokenize.TokenError)  # what numpy throws at a damaged .npy header, beside ValueError
 MOST_TURNS = 4 * np.pi
 HIGHEST_LINE = 100.0
@@ -72,7 +73,7 @@ def write(scan: Scan, path: Path) -> None:
     }  # fmt: skip
     if isinstance(beam, FanBeam):
         fields |= {"source_origin": beam.source_origin, "origin_detector": beam.origin_detector, "curved": beam.curved}
-    fields |= {key: value for key, value in (("noise", scan.noise), ("affine", scan.affine)) if value is not None}
+    fields |= {key: value for key, value in (("noise", scan.noise), ("affine", scan.affine), ("mu_water", scan.mu_water)) if value is not None}
     with writing("the sinogram"), open(path, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **fields)
 
@@ -101,7 +102,8 @@ def _scan(arrays: dict[str, np.ndarray]) -> Scan:
     grid = Grid(shape=tuple(int(n) for n in shape), spacing=tuple(_real(arrays, "grid_spacing").ravel().tolist()))  # type: ignore[arg-type]
     noise, affine = (_real(arrays, key) if key in arrays else None for key in ("noise", "affine"))
     simulated = bool(_scalar(arrays, "simulated", 0.0))
-    return Scan(y, beam, grid, noise, affine=affine, simulated=simulated)
+    mu_water = _scalar(arrays, "mu_water", 0.0) if "mu_water" in arrays else None
+    return Scan(y, beam, grid, noise, affine=affine, simulated=simulated, mu_water=mu_water)
 
 
 def _real(arrays: dict[str, np.ndarray], key: str) -> np.ndarray:

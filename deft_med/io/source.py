@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 KSPACE = {"fastmri": "k-space (fastMRI)", "mrd": "k-space (ISMRMRD)", "kspace": "k-space (array)"}
 
+PARTS = {"HEAD": "head", "BRAIN": "head", "SKULL": "head", "NECK": "neck", "CSPINE": "neck", "CHEST": "chest", "THORAX": "chest",
+         "LUNG": "chest", "ABDOMEN": "abdomen", "PELVIS": "pelvis", "KNEE": "knee", "HIP": "hip", "SHOULDER": "shoulder", "ELBOW": "elbow",
+         "HAND": "hand", "WRIST": "wrist", "FOOT": "foot", "ANKLE": "ankle", "LEG": "leg", "ARM": "arm"}  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -45,6 +49,12 @@ class Source:
         if self.scan is not None:
             return self.scan.modality
         return "CT" if self.volume is None or self.volume.unit == "HU" else "MR"
+
+    @property
+    def anatomy(self) -> str | None:
+        """The part of the body that all headers name (BodyPartExamined), in a card's words; None where they do not, or name several."""
+        named = {str(h.get("BodyPartExamined", "") or "").strip().upper() for h in self.headers}
+        return PARTS.get(named.pop()) if len(named) == 1 else None
 
     def describe(self) -> str:
         """One line: kind, counts, lengths, and the notes; no patient data."""
