@@ -3,7 +3,7 @@
 METHODS is a list with commas: for CT fbp or fbp:WINDOW[:CUTOFF], tv or tv:WEIGHT; for MR (a protocol with a pattern) zero-filled,
 cg-sense, wavelet, tv; supervised:DIR (a training's folder); deft:mean,
 deft:sample, deft:K (mean of K samples), with the data-consistency steps that the card says; deft+dc:... with four of them, deft-dc:...
-without. --eta and --trust replace the card's, for tuning. Tune on tune subjects, report on val subjects.
+without. --eta, --trust and --mirrored replace the card's, for tuning. Tune on tune subjects, report on val subjects.
 """
 
 import argparse
@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--eta", type=float, help="noise of the sampler instead of the card's")
     p.add_argument("--trust", type=float, help="deviation that data consistency allows, instead of the card's")
+    p.add_argument("--mirrored", type=int, choices=[0, 1], help="whether evaluations take turns between mirror images")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int)
     p.add_argument("--out", default="runs/benchmark", metavar="DIR", help="folder of results.jsonl and table.md (default: %(default)s)")
@@ -216,6 +217,7 @@ class Bench:
         if "deft" not in self.models:
             model = bundle.load_model(self.arguments.model)
             chosen = {key: getattr(self.arguments, key) for key in ("eta", "trust") if getattr(self.arguments, key) is not None}
+            chosen |= {} if self.arguments.mirrored is None else {"mirrored": bool(self.arguments.mirrored)}
             sampling = dataclasses.replace(model.card.sampling, **chosen)
             self.models["deft"] = dataclasses.replace(model, card=dataclasses.replace(model.card, sampling=sampling))
             use_half(self.models["deft"].deft, "cpu")

@@ -75,6 +75,11 @@ class Model:
         """Data-consistency steps per level."""
         return self.card.sampling.consistency
 
+    @property
+    def mirrors(self) -> tuple[tuple[int, ...], ...]:
+        """Axes along which the networks' images are flipped, evaluation by evaluation."""
+        return ((), (-1,), (-2,), (-2, -1)) if self.card.sampling.mirrored else ((),)
+
     def to(self, device: str | torch.device) -> Model:
         """Move the weights; returns itself."""
         self.deft.to(device)

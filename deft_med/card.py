@@ -99,12 +99,13 @@ class Sampling:
     """How to sample, chosen on the tune subjects.
 
     ``eta``: noise of the stochastic sampler, 0 for none. ``consistency``: conjugate gradient steps towards the data at every level;
-    ``trust``: the deviation, in u, that they allow the denoiser.
+    ``trust``: the deviation, in u, that they allow the denoiser; ``mirrored``: evaluations take turns between the four mirror images.
     """
 
     eta: float = 0.5
     consistency: int = 0
     trust: float = 0.2
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ equation 12 of the paper with the filtered residual in place of the likelihood's
 epsilon form: eps_h = -(net + w g). No gradient passes through the prior, in training or in sampling.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -57,18 +60,27 @@ class HTransform(nn.Module):
 
 
 class Deft(nn.Module):
-    """The sum of both: ``(x, sigma, likelihood) -> D(x, sigma | y)``. Training and sampling call this one function."""
+    """The sum of both: ``(x, sigma, likelihood) -> D(x, sigma | y)``. Training and sampling call this one function.
+
+    ``mirror`` flips what the networks see, and their answers back, along those axes: the data stay where they are.
+    """
 
     def __init__(self, prior: Prior, h: HTransform) -> None:
         super().__init__()
         self.prior, self.h = prior.freeze(), h
 
-    def forward(self, x: Tensor, sigma: Tensor, likelihood: Gaussian) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, likelihood: Gaussian, mirror: tuple[int, ...] = ()) -> Tensor:
         with torch.no_grad():
-            d = self.prior(x, sigma)
+            d = self.prior(x.flip(mirror), sigma).flip(mirror)
             g = likelihood.residual(d)
-        return d + self.h(x, d, g, sigma, likelihood.s_img, likelihood.log_ratio)
+        seen = (image.flip(mirror) for image in (x, d, g))
+        return d + self.h(*seen, sigma, likelihood.s_img, likelihood.log_ratio).flip(mirror)
 
-    def given(self, likelihood: Gaussian) -> Denoiser:
-        """The posterior denoiser of these measurements."""
-        return lambda x, sigma: self(x, sigma, likelihood)
+    def given(self, likelihood: Gaussian, mirrors: Sequence[tuple[int, ...]] = ((),)) -> Denoiser:
+        """The posterior denoiser of these measurements; with several ``mirrors`` they take turns from call to call.
+
+        Networks that were trained on flipped images should answer alike in every mirror; where they do not, errors that turn with
+        the mirror average out along a run.
+        """
+        turns = itertools.cycle(mirrors)
+        return lambda x, sigma: self(x, sigma, likelihood, next(turns))

@@ -150,7 +150,8 @@ def solve(problem: Problem, method: str, model: Model | None, *, steps: int, sam
 
 def posterior_denoiser(likelihood: Gaussian, model: Model, consistency: int | None = None) -> Denoiser:
     """DEFT's denoiser for these measurements, followed by ``consistency`` CG steps towards the data (the card's number by default)."""
-    deft, count = model.deft.given(likelihood), model.consistency if consistency is None else consistency
+    deft = model.deft.given(likelihood, model.mirrors)
+    count = model.consistency if consistency is None else consistency
     return dds(deft, likelihood, sd=model.trust, iterations=count) if count else deft
 
 
@@ -173,9 +174,8 @@ def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, sa
 
     for index in range(slices):
         one = likelihood.take(torch.tensor([index])) if slices > 1 else likelihood
-        denoiser = posterior_denoiser(one, model, consistency)
         x = start((1, *shape), model.sigma_max, [slice_generator(seed, first + index, purpose="start")], device=likelihood.y.device)
-        mean = denoiser(x, x.new_full((1,), model.sigma_max))
+        mean = posterior_denoiser(one, model, consistency)(x, x.new_full((1,), model.sigma_max))
         tick()
         if steps == 1:
             items.append(mean)
@@ -183,6 +183,7 @@ def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, sa
         for sample in range(samples):
             generators = [slice_generator(seed, first + index, sample, purpose="sample")]
             x = start(mean.shape, START, generators, mean, device=mean.device)
+            denoiser = posterior_denoiser(one, model, consistency)  # of its own: mirrors take turns from the first call on
             items.append(dpm(denoiser, x, levels, eta=model.eta, generators=generators, callback=tick))
     return torch.cat(items).reshape(slices, -1, *shape)
 

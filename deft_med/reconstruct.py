@@ -128,7 +128,11 @@ def run(arguments: argparse.Namespace) -> None:
     scan = source.scan or simulate(source.volume, protocol, seed=arguments.seed)  # type: ignore[arg-type]
     model, flags = None, []
     if arguments.method == "deft":
-        model = bundle.load_model(arguments.model or DEFAULTS[source.modality][1])
+        name = arguments.model or DEFAULTS[source.modality][1]
+        if arguments.model is None and name not in bundle.available():
+            raise UsageError(f"no {source.modality} model ships with this version: give --model DIR (README, Training on your own data), "
+                             "or choose --method wavelet, tv, cg-sense or zero-filled")
+        model = bundle.load_model(name)
         flags = bundle.check(model.card, with_known_noise(scan), anatomy=source.anatomy, estimated=scan.noise is None)
         if flags and not arguments.out_of_scope_ok:
             from deft_med.errors import ModelError

@@ -261,3 +261,21 @@ def test_an_h_fitted_to_pairs_reaches_the_linear_optimum(form: str, level: float
     assert denoising_loss(trained, x0, sigma, 0.5).mean() < denoising_loss(deft.prior(x, sigma), x0, sigma, 0.5).mean()
     exact = lab.posterior(likelihood.y)(x, sigma)
     assert (trained - exact).square().mean() < 0.02 * lab.least_error(level)
+
+
+def test_mirrors_turn_the_networks_and_not_the_data() -> None:
+    lab = Laboratory.ct(n=16, views=20)
+    _, likelihood, x, sigma = noisy(lab, [0.7])
+    torch.manual_seed(0)
+    network, small = UNet(1, 1, (8, 8)), UNet(3, 1, (8, 8), scalars=3)
+    deft = Deft(Prior(network).double(), HTransform(small).double())
+    fresh = deft(x, sigma, likelihood)  # fresh networks answer alike in every mirror
+    for mirror in ((-1,), (-2,), (-2, -1)):
+        torch.testing.assert_close(deft(x, sigma, likelihood, mirror), fresh)
+    for module in (network, small):
+        torch.nn.init.normal_(module.outlet.weight, std=0.05)
+    trained = [deft(x, sigma, likelihood, mirror) for mirror in ((), (-1,))]
+    assert not torch.allclose(*trained)
+    turns = deft.given(likelihood, ((), (-1,)))
+    for call in range(3):
+        assert torch.equal(turns(x, sigma), trained[call % 2])

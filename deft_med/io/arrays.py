@@ -73,7 +73,8 @@ def write(scan: Scan, path: Path) -> None:
     }  # fmt: skip
     if isinstance(beam, FanBeam):
         fields |= {"source_origin": beam.source_origin, "origin_detector": beam.origin_detector, "curved": beam.curved}
-    fields |= {key: value for key, value in (("noise", scan.noise), ("affine", scan.affine), ("mu_water", scan.mu_water)) if value is not None}
+    optional = {"noise": scan.noise, "affine": scan.affine, "mu_water": scan.mu_water}
+    fields |= {key: value for key, value in optional.items() if value is not None}
     with writing("the sinogram"), open(path, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **fields)
 
