@@ -218,7 +218,7 @@ def _mr_numbers(scan: Scan, estimated: bool) -> dict[str, Any]:
     from .intensity import scale_of
 
     scale = scale_of(torch.from_numpy(scan.y)).numpy()
-    noise = np.broadcast_to(scan.noise, scan.y.shape).reshape(len(scan.y), -1).mean(1)
+    noise = np.broadcast_to(scan.noise, scan.y.shape)[..., scan.acquisition.mask].reshape(len(scan.y), -1).mean(1)  # type: ignore[union-attr]
     return found | {"noise_percent": 100 * float(np.mean(noise / np.maximum(scale, 1e-30)))}
 
 

@@ -106,7 +106,7 @@ class KSpaceRanges:
 
 
 class KSpace:
-    """Draws MR likelihoods for complex images (B, 2, n, n) of one size; every image has its own mask, coil maps and noise."""
+    """Draws MR likelihoods for complex images (B, 2, n, n) of one size; every image has its own coil maps and noise."""
 
     def __init__(self, size: int, ranges: KSpaceRanges, *, seed: int = 0) -> None:
         self.size, self.ranges = size, ranges

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from deft_med.errors import UsageError
 from deft_med.guidance import dds
 from deft_med.likelihood import Gaussian
 from deft_med.network import use_half
-from deft_med.problem import Problem, pose, with_known_noise
+from deft_med.problem import Problem, estimated_noise, pose
 from deft_med.sample import dpm, start
 from deft_med.schedule import Denoiser, sigmas
 from deft_med.simulate import slice_generator
@@ -81,9 +81,11 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
     count = samples if method == "deft" and estimate == "average" else 1
     if model is not None:
         use_half(model.to(place).deft, place)
-    known = with_known_noise(scan)
+    known = scan
     if scan.noise is None:
-        warnings.append("the noise level was estimated from the data")
+        noise, upper = estimated_noise(scan)
+        known = replace(scan, noise=noise)
+        warnings.append("the noise level was estimated from the data" + (", as an upper bound: it may count signal" if upper else ""))
     slices, shown = len(scan.y), _Shown(progress, len(scan.y))
     results: dict[str, list[np.ndarray]] = {}
     chi2: dict[str, list[float]] = {}

@@ -6,6 +6,7 @@ CT: u = HU / 1000, line integrals, filtered backprojection. MR: u = image / s as
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ from operators.ct import MU_WATER, encode
 from operators.geometry import Cartesian, Trajectory
 from operators.linear import LinearOperator
 from operators.mri import CartesianMRI, Complex, Fourier, NonCartesianMRI
-from operators.noise import estimate
+from operators.noise import estimate, gaussian
 from operators.solve import cg_sense
 from operators.variational import Record, tv, wavelet
 
@@ -34,6 +35,7 @@ AIR = -1.0  # u of air: nothing is thinner
 TV_WEIGHT = 3.0  # CT: of the variation of u against |y - A u|^2 / (2 s^2); chosen on the tune subjects
 SENSE = 30.0  # MR: CG-SENSE's weight over sigma^2: three over the mean square of u
 SPARSE = {"wavelet": 0.3, "tv": 0.2}  # MR: weight times sigma, both for u; like SENSE from a slice of the tune subject
+FEWEST = 8  # lines that ESPIRiT can do with
 CALIBRATION = (24, 24)  # centre of a gridded k-space that coil maps are taken from
 SUPPORT = 0.8  # eigenvalue above which ESPIRiT sees the object; at 0.95 edges are lost and chi2 of the best image doubles
 ITERATIONS, MR_ITERATIONS = 1500, 300
@@ -69,15 +71,20 @@ def pose(scan: Scan, index: int = 0, *, window: Window | None = None, filter: st
 
 def with_known_noise(scan: Scan) -> Scan:
     """The scan itself or, where it does not know its noise, the same with an estimate from its data."""
-    if scan.noise is not None:
-        return scan
+    return scan if scan.noise is not None else replace(scan, noise=estimated_noise(scan)[0])
+
+
+def estimated_noise(scan: Scan) -> tuple[np.ndarray, bool]:
+    """The noise of a scan from its data, shaped to broadcast to y, and whether signal may be counted in it (one or two coils)."""
     if scan.modality == "CT":
-        return replace(scan, noise=estimate(torch.from_numpy(scan.y)).numpy())
-    levels = []
+        return estimate(torch.from_numpy(scan.y)).numpy(), False
+    found = []
     for y in torch.from_numpy(scan.y):
         kspace, mask, region = _calibration(y, scan)
-        levels.append(whiten.level(kspace, mask, region).sigma)
-    return replace(scan, noise=np.array(levels, np.float32).reshape(-1, *[1] * (scan.y.ndim - 1)))
+        level = whiten.level(kspace, mask, region)
+        found.append((level.sigma / _gain(scan), level.upper_bound))
+    levels = np.array([sigma for sigma, _ in found], np.float32)
+    return levels.reshape(-1, *[1] * (scan.y.ndim - 1)), any(upper for _, upper in found)
 
 
 def _ct(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter: str, device: str | torch.device) -> Problem:
@@ -109,7 +116,8 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter
     if scan.maps is not None:
         maps = torch.from_numpy(scan.maps[index])
     else:
-        maps = coil_maps(kspace, region, float(noise.square().mean().sqrt()))
+        maps = coil_maps(kspace, region, float(_measured(noise, scan).square().mean().sqrt()) * _gain(scan))
+    level = float(_measured(noise, scan).square().mean().sqrt())
     y, noise, maps = y.to(device), noise.to(device), maps.to(device)
     acquisition: Cartesian | Trajectory = scan.acquisition  # type: ignore[assignment]
 
@@ -120,7 +128,7 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter
     count, share = 2 * len(maps) * acquisition.samples, 1 / acquisition.acceleration
     channels, scale = Complex(physics.domain_shape), float(scale_of(kspace))  # type: ignore[arg-type]
     likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ WeightedAdjoint(physics), count=count, ratio=share)
-    encoding, level = physics * scale, float(noise.square().mean().sqrt())
+    encoding = physics * scale
 
     def of(image: Tensor) -> Tensor:
         return channels.H(image)
@@ -149,23 +157,46 @@ def coil_maps(kspace: Tensor, region: coils.Calibration, sigma: float = 0.0) -> 
     """ESPIRiT maps of a k-space's calibration region or, where that is too small for its kernels, low-resolution ones."""
     if len(kspace) == 1:
         return torch.ones_like(kspace)
-    data = coils.calibrate(kspace, region)
-    if min(data.shape[1:]) < 12:
+    lines = min(coils.calibrate(kspace, region).shape[1:])
+    if lines < FEWEST:
         return coils.low_resolution(kspace, region)
-    return coils.espirit(kspace, region, sigma=sigma, crop=SUPPORT)
+    return coils.espirit(kspace, region, kernel=min(6, lines // 2), sigma=sigma, crop=SUPPORT)
 
 
 def _calibration(y: Tensor, scan: Scan) -> tuple[Tensor, Tensor, coils.Calibration]:
     """(k-space (C, ky, kx), its mask, the region to calibrate from) of one slice; a trajectory's is gridded."""
     if isinstance(scan.acquisition, Trajectory):
-        images = WeightedAdjoint(NonCartesianMRI(scan.acquisition))(y[:, None])
-        return Fourier(scan.grid.shape)(images), torch.ones(scan.grid.shape, dtype=torch.bool), CALIBRATION
+        # a fit, not the adjoint: its centre is 1.5 % off, which coil maps would take over
+        images = cg_sense(NonCartesianMRI(scan.acquisition), y[:, None], 1e-3, iterations=8)
+        centre = torch.zeros(scan.grid.shape, dtype=torch.bool)
+        central(centre, CALIBRATION)[:] = True  # beyond it the grid's noise is another
+        return Fourier(scan.grid.shape)(images), centre, CALIBRATION
     mask = torch.from_numpy(scan.acquisition.mask)  # type: ignore[union-attr]
     ny, nx = mask.shape
     if not mask[ny // 2, nx // 2]:
         raise UnsupportedError("the centre of k-space was not sampled (expected a full centre to take coil maps and scale from): "
                                "reconstruct a scan with calibration lines")
     return y, mask, None
+
+
+@functools.lru_cache(maxsize=8)
+def _gridded_noise(trajectory: Trajectory) -> float:
+    unit = gaussian(torch.zeros(1, 1, trajectory.samples, dtype=torch.complex64), 1.0, generator=torch.Generator().manual_seed(0))
+    centre = coils.calibrate(Fourier(trajectory.shape)(cg_sense(NonCartesianMRI(trajectory), unit, 1e-3, iterations=8)), CALIBRATION)
+    return float(centre.abs().square().mean() / 2) ** 0.5
+
+
+def _gain(scan: Scan) -> float:
+    """Deviation of unit noise where coil maps are calibrated: 1 on the grid, less where many samples of a trajectory meet."""
+    return _gridded_noise(scan.acquisition) if isinstance(scan.acquisition, Trajectory) else 1.0
+
+
+def _measured(noise: Tensor, scan: Scan) -> Tensor:
+    """The noise of the points that were measured: elsewhere it means nothing."""
+    if isinstance(scan.acquisition, Cartesian):
+        full = noise.expand(*noise.shape[:-2], *scan.acquisition.shape)
+        return full[..., torch.from_numpy(scan.acquisition.mask)]
+    return noise
 
 
 def _told(image: Tensor, record: Record) -> tuple[Tensor, str]:

@@ -152,8 +152,13 @@ def run(arguments: argparse.Namespace) -> None:
         from deft_med.crosscheck import cross_check
 
         methods = list(dict.fromkeys([*result.beside, arguments.method]))
-        checked = cross_check(scan, model, methods, steps=result.steps, samples=result.samples, seed=arguments.seed)
-        result = dataclasses.replace(result, cross_check=checked)
+        try:
+            checked = cross_check(scan, model, methods, steps=result.steps, samples=result.samples, seed=arguments.seed,
+                                  device=result.provenance["device"])
+            result = dataclasses.replace(result, cross_check=checked)
+        except ValueError as error:  # too little to hold out: the reconstruction stands
+            say(f"no cross-check: {error}")
+            result = dataclasses.replace(result, warnings=(*result.warnings, f"no cross-check: {error}"))
     record = publish(result, source, out, arguments, wanted, model, flags)
     if arguments.json:
         import json

@@ -31,9 +31,10 @@ def transmission(
 
     counts = Poisson(photons exp(-p)) + electronic n, then y = ln(photons / counts) and, to first order,
     sigma = sqrt(c + electronic^2) / c with the expected count c. What a scan knows of c are its own counts: their binomial mean over
-    5 x 5 rays is taken, since a single starved ray's count says little (at 10 counts and 10 of electronic noise sigma from the
-    ray itself is three times too large in the mean square). A starved ray is held at one count: it answers ln(photons), and where
-    its neighbours are starved too sigma = sqrt(1 + electronic^2), so that it is nearly ignored rather than infinite.
+    5 x 5 rays is taken, since a single starved ray's count says little (at 10 counts and 10 of electronic noise sigma from the ray
+    itself is three times too large in the mean square). At the edge of dense metal the mean looks across it: sigma then reads low,
+    and chi2 of the truth is 1.04 to 1.12 with a rod in the slice, 1.02 in a head. A starved ray is held at one count: it answers
+    ln(photons), and where its neighbours are starved too sigma = sqrt(1 + electronic^2): nearly ignored rather than infinite.
 
     Args:
         line_integrals: p (*batch, views, detectors), dimensionless.

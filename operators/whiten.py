@@ -164,7 +164,7 @@ def level(kspace: Tensor, mask: Tensor, calibration: Calibration = None) -> Nois
         if signal == kept:
             break
         kept = min(signal, int(0.9 * size))
-    if kept > _FULL * size or not sigma > 0:
+    if kept > _FULL * size or not sigma > 0 or sigma > 1.1 * outer.sigma:  # no estimate lies above an upper bound
         return outer
     return NoiseLevel(sigma, "calibration", False, outer.sigma / sigma)
 

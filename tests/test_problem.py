@@ -10,7 +10,7 @@ from deft_med.config import KSpaceProtocol, Noise, Protocol, protocol
 from deft_med.crosscheck import cross_check, hold_out
 from deft_med.errors import UsageError
 from deft_med.pipeline import reconstruct
-from deft_med.problem import pose, with_known_noise
+from deft_med.problem import estimated_noise, pose, with_known_noise
 from deft_med.simulate import simulate
 from deft_med.volume import Scan, Volume
 from operators.geometry import Cartesian
@@ -122,3 +122,48 @@ def test_water_is_zero_hu_at_the_energy_of_the_beam() -> None:
     water, same = (float(reconstruct(s, method="fbp").volume.data[0, 16:32, 16:32].mean()) for s in (scan, harder))
     assert water == pytest.approx(0, abs=15)
     assert same == pytest.approx(water, abs=1)
+
+
+def test_a_radial_scan_calibrates_itself() -> None:
+    pytest.importorskip("finufft")
+    scan = study("radial", acceleration=2, noise_percent=3.0)
+    unknown = dataclasses.replace(scan, noise=None)
+    noise, upper = estimated_noise(unknown)
+    assert float(noise.ravel()[0]) == pytest.approx(float(scan.noise.ravel()[0]), rel=0.3)
+    assert not upper
+    problem = pose(scan)
+    with torch.no_grad():
+        u, _ = problem.classical["cg-sense"]()
+    assert float(problem.likelihood.chi2(u)[0]) < 1.5
+    kept, held = hold_out(scan)
+    assert kept.acquisition.samples + held.acquisition.samples == scan.acquisition.samples
+    assert reconstruct(scan, method="tv").metrics["tv"]["mean"]["psnr"] > 20
+
+
+def test_one_coil_tells_only_an_upper_bound() -> None:
+    scan = dataclasses.replace(study(coils=1, acceleration=5), noise=None)
+    assert any("upper bound" in line for line in reconstruct(scan, method="zero-filled").warnings)
+
+
+def test_few_calibration_lines_still_make_maps() -> None:
+    few = KSpaceProtocol(name="few", pattern="equispaced", acceleration=3, coils=6, noise_percent=0.5, grid=96)
+    scan = simulate(brain(n=96), few, seed=1)
+    problem = pose(scan)
+    with torch.no_grad():
+        u, _ = problem.classical["cg-sense"]()
+    assert float(problem.likelihood.chi2(u)[0]) < 2
+
+
+def test_noise_where_nothing_was_measured_means_nothing() -> None:
+    scan = study()
+    noise = np.broadcast_to(scan.noise, scan.y.shape).copy()
+    noise[..., ~scan.acquisition.mask] = 1e6
+    told, plain = (pose(s).likelihood.s_img.item() for s in (dataclasses.replace(scan, noise=noise), scan))
+    assert told == pytest.approx(plain, rel=1e-3)
+
+
+def test_full_sampling_can_be_held_out_too() -> None:
+    scan = study(acceleration=1)
+    kept, held = hold_out(scan)
+    assert 0 < held.acquisition.samples < kept.acquisition.samples
+    assert kept.acquisition.mask[20:40, 20:40].all()
