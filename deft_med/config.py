@@ -6,14 +6,15 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import yaml
-from torch import Generator
 
 from deft_med.errors import UsageError
-from operators import patterns
 from operators.geometry import Cartesian, FanBeam, Grid, ParallelBeam, Trajectory, uniform_angles
+
+if TYPE_CHECKING:
+    from torch import Generator
 
 T = TypeVar("T")
 PATTERNS = ("equispaced", "random", "poisson", "radial")
@@ -99,8 +100,10 @@ class KSpaceProtocol:
 
     modality: ClassVar[str] = "MR"
 
-    def acquisition(self, shape: tuple[int, int], generator: Generator) -> Cartesian | Trajectory:
+    def acquisition(self, shape: tuple[int, int], generator: "Generator") -> Cartesian | Trajectory:
         """The points of k-space for a matrix (rows, columns)."""
+        from operators import patterns  # late: they bring torch, which a card is read without
+
         if self.pattern == "radial":
             return patterns.radial(shape, max(1, round(math.pi / 2 * max(shape) / self.acceleration)))
         if self.pattern == "poisson":
