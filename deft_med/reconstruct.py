@@ -178,7 +178,8 @@ def phantom():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "phantom.mrd"
         mrd_write.write(path, mr_phantom(), (0.9, 0.9))
-        return read(path)
+        source = read(path)
+    return dataclasses.replace(source, scan=dataclasses.replace(source.scan, simulated=True))  # type: ignore[type-var]
 
 
 def publish(result, source, out, arguments, wanted: str, model, flags: list[str]) -> dict:
@@ -195,7 +196,7 @@ def publish(result, source, out, arguments, wanted: str, model, flags: list[str]
         "deft_med": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
         "model": None if model is None else f"{model.card.name} {model.card.version}",
         "model_sha256": None if model is None else model.card.sha256, "source": source.kind, "source_sha256": source.digest,
-        "simulated": result.simulated, "lossy_source": source.lossy, "out_of_scope": flags,
+        "simulated": result.simulated, "lossy_source": source.lossy, "out_of_scope": flags, "placed": source.placed, "sized": source.sized,
     }
     what = f"Retrospective {source.modality} study" if result.simulated else f"{source.modality} reconstruction"
     title = f"{what}: {result.method.upper()}"
