@@ -14,8 +14,8 @@ from deft_med.simulate import coil_maps, measured_by, smooth_phase, unresolved, 
 from operators import patterns
 from operators.analytic import FilteredBackprojection, WeightedAdjoint
 from operators.ct import RayTransform
-from operators.geometry import Grid, ParallelBeam, uniform_angles
-from operators.mri import CartesianMRI, Complex, Fourier
+from operators.geometry import Cartesian, Grid, ParallelBeam, Trajectory, uniform_angles
+from operators.mri import Complex, Fourier, encoding
 from operators.noise import gaussian
 
 WHOLE = 256  # matrix of a whole image; training may also see it at half that
@@ -49,7 +49,7 @@ class Rays:
         draws = torch.rand(ranges.geometries, 3, generator=Generator().manual_seed(seed), dtype=torch.float64).tolist()
         self.beams = [self._beam(ranges.focus_views, 180.0, 0.0)]
         for r in draws:
-            views = math.exp(math.log(ranges.views[0]) + r[0] * math.log(ranges.views[1] / ranges.views[0]))
+            views = _between(ranges.views, r[0])
             low, high = ranges.coverage_deg
             coverage = high if r[1] < 0.5 else low + 2 * (r[1] - 0.5) * (high - low)  # half of them cover all there is
             self.beams.append(self._beam(views, coverage, r[2] * math.pi))
@@ -86,16 +86,16 @@ class Rays:
 
     def _noise(self, which: float, level: float) -> Noise:
         photon = which < self.ranges.photon_share
-        low, high = self.ranges.photons if photon else self.ranges.gaussian_percent
-        value = math.exp(math.log(low) + level * math.log(high / low))
+        value = _between(self.ranges.photons if photon else self.ranges.gaussian_percent, level)
         return Noise(photons=value, electronic=self.ranges.electronic) if photon else Noise(gaussian_percent=value)
 
 
 @dataclass(frozen=True)
 class KSpaceRanges:
-    """Ranges that k-space is drawn from. Acceleration is log-uniform, noise (in units of the image's own scale) too; a share
-    ``focus`` of the patterns are equispaced lines at 4, the default protocol's. Patterns are drawn once, ``patterns`` of them. Coil maps
-    are known up to a smooth relative error as calibration leaves it, ``map_error`` (log-uniform)."""
+    """Ranges that k-space is drawn from. Acceleration is log-uniform, noise (in units of the image's own scale) too. Patterns are drawn
+    once, ``patterns`` of them: a share ``focus`` equispaced lines at 4, the default protocol's, a share ``radial`` spokes, the others
+    lines (equispaced or random) and Poisson discs. Coil maps are known up to a smooth relative error as calibration leaves it,
+    ``map_error`` (log-uniform), and in a share ``cropped`` of the draws only where the object is."""
 
     acceleration: tuple[float, float] = (2.0, 10.0)
     coils: tuple[int, ...] = (1, 4, 8, 16)
@@ -103,6 +103,8 @@ class KSpaceRanges:
     map_error: tuple[float, float] = (0.001, 0.02)
     patterns: int = 96
     focus: float = 0.25
+    radial: float = 0.08
+    cropped: float = 0.5
 
 
 class KSpace:
@@ -111,54 +113,63 @@ class KSpace:
     def __init__(self, size: int, ranges: KSpaceRanges, *, seed: int = 0) -> None:
         self.size, self.ranges = size, ranges
         generator = Generator().manual_seed(seed)
-        self.masks = torch.stack([self._mask(k, generator) for k in range(ranges.patterns)])
+        self.patterns = [self._pattern(k, generator) for k in range(ranges.patterns)]
 
-    def _mask(self, number: int, generator: Generator) -> Tensor:
-        low, high = self.ranges.acceleration
+    def _pattern(self, number: int, generator: Generator) -> Cartesian | Trajectory:
         r = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-        shape, acceleration = (self.size, self.size), math.exp(math.log(low) + r[0] * math.log(high / low))
+        shape, acceleration = (self.size, self.size), _between(self.ranges.acceleration, r[0])
         if number < self.ranges.focus * self.ranges.patterns:
-            pattern = patterns.equispaced(shape, 4.0, axis=number % 2, generator=generator)
-        elif number % 3 == 0:
+            return patterns.equispaced(shape, 4.0, axis=number % 2, generator=generator)
+        if number >= (1 - self.ranges.radial) * self.ranges.patterns:
+            return patterns.radial(shape, math.ceil(math.pi / 2 * self.size / acceleration), golden=r[1] < 0.5, start=2 * math.pi * r[2])
+        if number % 3 == 0:
             side = max(8, round(24 * self.size / WHOLE * (0.5 + r[1])))
-            pattern = patterns.poisson_disc(shape, acceleration, calibration=(side, side), generator=generator)
-        else:
-            lines = patterns.equispaced if number % 3 == 1 else patterns.random
-            pattern = lines(shape, acceleration, axis=int(2 * r[1]), generator=generator)
-        return torch.from_numpy(pattern.mask)
+            return patterns.poisson_disc(shape, acceleration, calibration=(side, side), generator=generator)
+        lines = patterns.equispaced if number % 3 == 1 else patterns.random
+        return lines(shape, acceleration, axis=int(2 * r[1]), generator=generator)
 
-    def measure(self, u: Tensor, masks: Tensor, maps: Tensor, sigma: Tensor, generator: Generator, known: Tensor | None = None) -> Gaussian:
-        """The likelihood of u (B, 2, n, n) seen by ``maps`` (B, C, n, n) through ``masks`` (B, n, n) with noise ``sigma`` (B,).
+    def measure(self, u: Tensor, pattern: Cartesian | Trajectory, maps: Tensor, sigma: Tensor, generator: Generator,
+                known: Tensor | None = None) -> Gaussian:
+        """The likelihood of u (B, 2, n, n) seen by ``maps`` (B, C, n, n) through ``pattern`` with noise ``sigma`` (B,).
 
         ``known`` are the maps that the likelihood has, where they are not the true ones.
         """
         channels = Complex((self.size, self.size))
-        lines = (CartesianMRI(masks, maps) @ channels)(u)
-        physics = CartesianMRI(masks, maps if known is None else known)
-        operator = physics @ channels
-        deviation = sigma[:, None, None, None].to(u).expand(lines.shape)
-        y = gaussian(lines, deviation, generator=generator) * masks[:, None]
-        share = float(masks.float().mean())
-        return Gaussian(Affine(operator, 1.0, 0.0), y, deviation, channels.H @ WeightedAdjoint(physics),
-                        count=round(2 * maps.shape[1] * share * self.size**2), ratio=share)
+        lines = (encoding(pattern, maps) @ channels)(u)
+        physics = encoding(pattern, maps if known is None else known)
+        deviation = sigma.reshape(-1, *[1] * (lines.ndim - 1)).to(u).expand(lines.shape)
+        y = gaussian(lines, deviation, generator=generator)
+        if isinstance(pattern, Cartesian):
+            y = y * torch.from_numpy(pattern.mask)
+        return Gaussian(Affine(physics @ channels, 1.0, 0.0), y, deviation, channels.H @ WeightedAdjoint(physics),
+                        count=2 * maps.shape[1] * pattern.samples, ratio=1 / pattern.acceleration)
 
     def draw(self, u: Tensor, pixel: Tensor, generator: Generator) -> Gaussian:
-        r = torch.rand(2 * len(u) + 1, generator=generator, dtype=torch.float64).tolist()
+        r = torch.rand(len(u) + 2, generator=generator, dtype=torch.float64).tolist()
         coils = self.ranges.coils[int(r[0] * len(self.ranges.coils))]
-        low, high = self.ranges.noise
-        first = int(r[1] * len(self.masks))
-        masks = self.masks[[first] * len(u)]  # one pattern a step, so that M / N is one number
-        sigma = torch.tensor([math.exp(math.log(low) + k * math.log(high / low)) for k in r[1 + len(u):]])
-        shape = (self.size, self.size)
-        maps, known = coil_maps(len(u), coils, shape, generator), None
-        if coils > 1:
-            low, high = self.ranges.map_error
-            error = torch.exp(math.log(low) + torch.rand(len(u), 1, 1, 1, generator=generator) * math.log(high / low))
-            field = torch.randn(len(u) * 2, coils, 12, 12, generator=generator)
-            field = F.interpolate(field, shape, mode="bicubic").reshape(2, len(u), coils, *shape)
-            known = maps * (1 + error * torch.complex(*field))
-            known = known / known.abs().square().sum(1, keepdim=True).sqrt()
-        return self.measure(u, masks, maps, sigma, generator, known)
+        pattern = self.patterns[int(r[1] * len(self.patterns))]  # one a step, so that M / N is one number
+        sigma = torch.tensor([_between(self.ranges.noise, k) for k in r[2:]])
+        maps = coil_maps(len(u), coils, (self.size, self.size), generator)
+        return self.measure(u, pattern, maps, sigma, generator, self._calibrated(maps, u, generator) if coils > 1 else None)
+
+    def _calibrated(self, maps: Tensor, u: Tensor, generator: Generator) -> Tensor:
+        """The maps as a calibration finds them: a little wrong, and often zero outside the object."""
+        count, coils, *shape = maps.shape
+        r = torch.rand(3, count, 1, 1, 1, generator=generator)
+        low, high = self.ranges.map_error
+        error = low * (high / low) ** r[0]
+        field = torch.randn(count * 2, coils, 12, 12, generator=generator)
+        field = F.interpolate(field, shape, mode="bicubic").reshape(2, count, coils, *shape)
+        found = maps * (1 + error * torch.complex(*field))
+        found = found / found.abs().square().sum(1, keepdim=True).sqrt()
+        reach = self.size // 32  # the kernels of a calibration see no finer
+        brightness = F.avg_pool2d(torch.linalg.vector_norm(u, dim=1, keepdim=True), 2 * reach + 1, 1, reach)
+        return found * ((brightness > 0.03 + 0.07 * r[1]) | (r[2] >= self.ranges.cropped))
+
+
+def _between(ends: tuple[float, float], share: float) -> float:
+    """The point at ``share`` of the way on a logarithmic scale."""
+    return math.exp(math.log(ends[0]) + share * math.log(ends[1] / ends[0]))
 
 
 def complex_images(magnitude: Tensor, generator: Generator) -> Tensor:

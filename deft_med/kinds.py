@@ -167,7 +167,7 @@ def _reference(config: Training, u: Tensor, pixel: Tensor) -> Gaussian:
     if isinstance(physics, Rays):
         return physics.measure(u, pixel, [Noise(gaussian_percent=3.5)] * len(u), generator)
     maps = coil_maps(len(u), 8, (u.shape[-1], u.shape[-1]), generator)
-    return physics.measure(u, physics.masks[[0] * len(u)], maps, torch.full((len(u),), 0.02), generator)
+    return physics.measure(u, physics.patterns[0], maps, torch.full((len(u),), 0.02), generator)
 
 
 def _validation(estimate: Callable[[Tensor, Tensor, Gaussian | None], Tensor], tune: Pool, octaves: Iterable[int],

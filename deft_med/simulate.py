@@ -18,7 +18,7 @@ from deft_med.intensity import scale_of
 from deft_med.volume import Scan, Volume
 from operators.ct import RayTransform, attenuation
 from operators.geometry import FanBeam, Grid, ParallelBeam, Trajectory
-from operators.mri import CartesianMRI, Fourier, NonCartesianMRI
+from operators.mri import Fourier, encoding
 from operators.noise import gaussian, transmission
 
 SUBRAYS, SPLIT, CHUNK = 3, 2, 32
@@ -99,13 +99,13 @@ def _simulate_mr(volume: Volume, protocol: KSpaceProtocol, seed: int) -> Scan:
     reference = volume.with_data(np.maximum(volume.data, 0)).resample_to(shape)
     acquisition = protocol.acquisition(shape, slice_generator(seed, 0, purpose="pattern"))
     maps = coil_maps(1, protocol.coils, shape, slice_generator(seed, 0, purpose="coils"))[0]
-    encoding = NonCartesianMRI(acquisition, maps) if isinstance(acquisition, Trajectory) else CartesianMRI(acquisition, maps)
+    physics = encoding(acquisition, maps)
     whole, y, sigma = Fourier(shape), [], []
     for index, magnitude in enumerate(torch.from_numpy(reference.data)):
         generator = slice_generator(seed, index, purpose="measure")
         image = torch.polar(magnitude, smooth_phase(1, shape, generator)[0])
         level = protocol.noise_percent / 100 * float(scale_of(whole(image)[None]))
-        kspace = gaussian(encoding(image), level, generator=generator)
+        kspace = gaussian(physics(image), level, generator=generator)
         y.append(kspace if isinstance(acquisition, Trajectory) else kspace * torch.from_numpy(acquisition.mask))
         sigma.append(level)
     noise = np.array(sigma, np.float32).reshape(-1, *[1] * y[0].ndim)

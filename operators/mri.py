@@ -270,6 +270,11 @@ class NonCartesianMRI(LinearOperator):
         return f"{self.range_shape[0]} coils, {self.domain_shape[0]} x {self.domain_shape[1]}, {self.trajectory.samples} samples"
 
 
+def encoding(acquisition: Cartesian | Trajectory, maps: Tensor) -> CartesianMRI | NonCartesianMRI:
+    """The operator of an acquisition seen by these coils, on its grid or along its trajectory."""
+    return NonCartesianMRI(acquisition, maps) if isinstance(acquisition, Trajectory) else CartesianMRI(acquisition, maps)
+
+
 class _ToeplitzGram(LinearOperator):
     """sum_c conj(S_c) T S_c with T the convolution by sum_m exp(i k_m . r) / (ny nx), by FFT of twice the size; self-adjoint."""
 
