@@ -179,14 +179,15 @@ def parse(content: Mapping[str, Any] | str | bytes) -> Card:
 # ----------------------------------------------------------------------------------------------------------- does it fit this scan?
 
 
-def check(card: Card, scan: Scan, *, anatomy: str | None = None, estimated: bool = False) -> list[str]:
+def check(card: Card, scan: Scan, *, anatomy: str | None = None) -> list[str]:
     """What lies outside the card's scope in a scan: one sentence each, nothing when all is well.
 
-    Unknown noise is not judged, ``estimated`` noise with a slack of one half; an unknown pixel size (no affine, MR) is not judged.
+    Unknown noise is not judged, estimated noise with a slack of one half; an unknown pixel size (no affine, MR) is not judged.
     """
     (ny, nx), (dy, dx) = scan.grid.shape, scan.grid.spacing
+    estimated = scan.noise_is != "given"
     sized = scan.modality == "CT" or scan.affine is not None or (dy, dx) != (1.0, 1.0)
-    found = (_ct_numbers if scan.modality == "CT" else _mr_numbers)(scan, estimated)
+    found = _ct_numbers(scan, estimated) if scan.modality == "CT" else _mr_numbers(scan)
     return out_of_scope(card, modality=scan.modality, anatomy=anatomy, pixel_size_mm=(dy, dx) if sized else None,
                         field_of_view_mm=max(ny * dy, nx * dx) if sized else None, slack=GUESSED if estimated else SLACK, **found)
 
@@ -207,7 +208,7 @@ def _ct_numbers(scan: Scan, estimated: bool) -> dict[str, Any]:
     return found | {"photons": float(np.quantile(np.exp(np.minimum(scan.y, 50)) / noise.astype(np.float64) ** 2, 0.9))}
 
 
-def _mr_numbers(scan: Scan, estimated: bool) -> dict[str, Any]:
+def _mr_numbers(scan: Scan) -> dict[str, Any]:
     cartesian = type(scan.acquisition).__name__ == "Cartesian"
     found: dict[str, Any] = {"geometry": "cartesian" if cartesian else "trajectory", "coils": scan.y.shape[1],
                              "acceleration": scan.acquisition.acceleration}  # type: ignore[union-attr]

@@ -79,15 +79,15 @@ class Protocol:
 class KSpaceProtocol:
     """How an MR study is acquired: a pattern of k-space at an acceleration, simulated coils, noise per real component.
 
-    ``pattern`` is equispaced, random, poisson or radial (spokes of twice the matrix); ``noise_percent`` is of the image's scale
-    (`intensity.scale_of`). Lines run along the image's ``axis`` (1: columns are phase-encoded).
+    ``pattern`` is equispaced, random, poisson or radial (spokes of twice the matrix); ``noise_percent`` is of the slice's
+    maximum. Lines run along the image's ``axis`` (1: columns are phase-encoded).
     """
 
     name: str
     pattern: str
     acceleration: float
     coils: int = 8
-    noise_percent: float = 1.0
+    noise_percent: float = 2.0
     axis: int = 1
     grid: int = 256
     description: str = ""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,12 +10,12 @@ import torch
 from deft_med.bundle import Model
 from deft_med.pipeline import SAMPLES, STEPS, posed, solve
 from deft_med.problem import with_known_noise
-from deft_med.simulate import slice_generator, unresolved
+from deft_med.simulate import slice_generator
 from deft_med.volume import Scan
-from operators.coils import calibration_region
+from operators.coils import LARGEST, calibration_region
 from operators.geometry import Cartesian, Trajectory
 
-SHARE, LARGEST = 0.05, 32
+SHARE = 0.05
 
 
 def hold_out(scan: Scan, share: float = SHARE, seed: int = 0) -> tuple[Scan, Scan]:
@@ -26,26 +27,21 @@ def hold_out(scan: Scan, share: float = SHARE, seed: int = 0) -> tuple[Scan, Sca
     """
     generator = slice_generator(seed, 0, purpose="hold out")
     acquisition = scan.acquisition
-    if isinstance(acquisition, Trajectory):
-        return _of_trajectory(scan, acquisition, share, generator)
     if isinstance(acquisition, Cartesian):
-        mask = acquisition.mask
-        rows, columns = mask.any(1), mask.any(0)
-        lines = None
-        if (mask == np.outer(rows, columns)).all():  # whole lines along the axis that holds more of them
-            lines = 0 if columns.mean() <= rows.mean() else 1
-        free = mask.copy()
-        free[_protected(mask)] = False
-        units = free if lines is None else (mask.any(lines) & (free == mask).all(lines))
-        held = _some(np.flatnonzero(units), share, generator)
-        taken = np.zeros(units.size, bool)
-        taken[held] = True
-        gone = taken.reshape(mask.shape) if lines is None else np.broadcast_to(np.expand_dims(taken, lines), mask.shape)
-        parts = (mask & ~gone, mask & gone)
-        return tuple(replace(scan, y=scan.y * part, acquisition=Cartesian.of(part)) for part in parts)  # type: ignore[return-value]
-    held = _some(np.arange(len(acquisition.angles)), share, generator)
-    out = np.isin(np.arange(len(acquisition.angles)), held)
-    return tuple(_views(scan, part) for part in (~out, out))  # type: ignore[return-value]
+        gone = _of_mask(acquisition.mask, share, generator)
+        return tuple(replace(scan, y=scan.y * part, acquisition=Cartesian.of(part))  # type: ignore[return-value]
+                     for part in (acquisition.mask & ~gone, gone))
+    parts: list[tuple[Any, Any]]
+    if isinstance(acquisition, Trajectory):
+        points = acquisition.points
+        gone = _of_trajectory(points, max(acquisition.shape), share, generator)
+        parts = [(Trajectory.of(acquisition.shape, points[part]), (..., part)) for part in (~gone, gone)]
+    else:
+        angles = np.asarray(acquisition.angles)
+        gone = np.isin(np.arange(len(angles)), _some(np.arange(len(angles)), share, generator))
+        parts = [(replace(acquisition, angles=tuple(angles[part].tolist())), (slice(None), part)) for part in (~gone, gone)]
+    noise = np.broadcast_to(scan.noise, scan.y.shape)  # type: ignore[arg-type]
+    return tuple(replace(scan, y=scan.y[part], noise=noise[part], acquisition=a) for a, part in parts)  # type: ignore[return-value]
 
 
 def cross_check(scan: Scan, model: Model | None, methods: Sequence[str], *, share: float = SHARE, steps: int = STEPS,
@@ -56,14 +52,12 @@ def cross_check(scan: Scan, model: Model | None, methods: Sequence[str], *, shar
     1 where nothing but noise is left. Returns {"share", "methods": {name: {"error", "sigmas"}}}.
     """
     kept, held = hold_out(with_known_noise(scan), share, seed)
-    noise = np.broadcast_to(np.asarray(held.noise), held.y.shape)
+    noise = np.broadcast_to(held.noise, held.y.shape)  # type: ignore[arg-type]
     sums: dict[str, list[float]] = {}
     for index in range(len(held.y)):
         problem = posed(kept, index, model, device)
-        measured, sigma = torch.from_numpy(held.y[index]), torch.from_numpy(noise[index].copy())
-        if scan.modality == "CT":
-            sigma = unresolved(sigma, max(scan.grid.spacing))
-        there = measured.abs() > 0
+        measured, there = torch.from_numpy(held.y[index]), torch.from_numpy(held.y[index] != 0)
+        sigma = problem.deviation(torch.from_numpy(noise[index].copy()))
         for method in methods:
             with torch.no_grad():
                 drawn, _ = solve(problem, method, model, steps=steps, samples=samples, seed=seed, index=index)
@@ -75,14 +69,31 @@ def cross_check(scan: Scan, model: Model | None, methods: Sequence[str], *, shar
     return {"share": share, "methods": {name: {"error": (a / b) ** 0.5, "sigmas": (c / n) ** 0.5} for name, (a, b, c, n) in sums.items()}}
 
 
-def _protected(mask: np.ndarray) -> tuple[slice, slice]:
-    """The part of the full centre that coil maps and scale are taken from, at most 32 points a side."""
-    region = calibration_region(torch.from_numpy(mask))
-    cut = []
-    for part, n in zip(region, mask.shape, strict=True):
-        size = min(part.stop - part.start, LARGEST)
-        cut.append(slice(n // 2 - size // 2, n // 2 - size // 2 + size))
-    return cut[0], cut[1]
+def _of_mask(mask: np.ndarray, share: float, generator: torch.Generator) -> np.ndarray:
+    """The held-out part of a mask: whole lines where it is made of lines, along the axis that holds more of them."""
+    rows, columns = mask.any(1), mask.any(0)
+    free = mask.copy()
+    free[tuple(_centred(part, n) for part, n in zip(calibration_region(torch.from_numpy(mask)), mask.shape, strict=True))] = False
+    if (mask != np.outer(rows, columns)).any():
+        held = np.zeros(mask.size, bool)
+        held[_some(np.flatnonzero(free), share, generator)] = True
+        return held.reshape(mask.shape)
+    axis = 0 if columns.mean() <= rows.mean() else 1
+    lines = np.flatnonzero(mask.any(axis) & (free == mask).all(axis))
+    held = np.isin(np.arange(mask.shape[1 - axis]), _some(lines, share, generator))
+    return mask & np.expand_dims(held, axis)
+
+
+def _centred(part: slice, n: int) -> slice:
+    """What of the full centre tells coils and scale."""
+    size = min(part.stop - part.start, LARGEST)
+    return slice(n // 2 - size // 2, n // 2 - size // 2 + size)
+
+
+def _of_trajectory(points: np.ndarray, side: int, share: float, generator: torch.Generator) -> np.ndarray:
+    run = np.arange(len(points)) // max(1, side // 4)  # samples along a spoke lie closer than the grid's
+    outside = np.linalg.norm(points, axis=1) > np.pi * 24 / side
+    return np.isin(run, _some(np.unique(run[outside]), share, generator)) & outside
 
 
 def _some(units: np.ndarray, share: float, generator: torch.Generator) -> np.ndarray:
@@ -90,19 +101,3 @@ def _some(units: np.ndarray, share: float, generator: torch.Generator) -> np.nda
     if len(units) < 2:
         raise ValueError("there is nothing to hold out: all measurements belong to the centre")
     return units[torch.randperm(len(units), generator=generator)[:count].numpy()]
-
-
-def _views(scan: Scan, part: np.ndarray) -> Scan:
-    angles = tuple(np.asarray(scan.acquisition.angles)[part].tolist())  # type: ignore[union-attr]
-    noise = None if scan.noise is None else np.broadcast_to(scan.noise, scan.y.shape)[:, part]
-    return replace(scan, y=scan.y[:, part], noise=noise, acquisition=replace(scan.acquisition, angles=angles))  # type: ignore[type-var]
-
-
-def _of_trajectory(scan: Scan, trajectory: Trajectory, share: float, generator: torch.Generator) -> tuple[Scan, Scan]:
-    points = trajectory.points
-    run = np.arange(len(points)) // max(1, max(trajectory.shape) // 4)  # samples along a spoke lie closer than the grid's
-    outside = np.linalg.norm(points, axis=1) > np.pi * 24 / max(trajectory.shape)
-    out = np.isin(run, _some(np.unique(run[outside]), share, generator)) & outside
-    parts = [replace(scan, y=scan.y[..., part], acquisition=Trajectory.of(trajectory.shape, points[part]),
-                     noise=None if scan.noise is None else np.broadcast_to(scan.noise, scan.y.shape)[..., part]) for part in (~out, out)]
-    return parts[0], parts[1]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from deft_med.errors import UsageError
 from deft_med.guidance import dds
 from deft_med.likelihood import Gaussian
 from deft_med.network import use_half
-from deft_med.problem import Problem, estimated_noise, pose
+from deft_med.problem import Problem, pose, with_known_noise
 from deft_med.sample import dpm, start
 from deft_med.schedule import Denoiser, sigmas
 from deft_med.simulate import slice_generator
@@ -81,11 +81,9 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
     count = samples if method == "deft" and estimate == "average" else 1
     if model is not None:
         use_half(model.to(place).deft, place)
-    known = scan
-    if scan.noise is None:
-        noise, upper = estimated_noise(scan)
-        known = replace(scan, noise=noise)
-        warnings.append("the noise level was estimated from the data" + (", as an upper bound: it may count signal" if upper else ""))
+    scan = with_known_noise(scan)
+    if scan.noise_is != "given":
+        warnings.append(f"the noise level was {scan.noise_is}")
     slices, shown = len(scan.y), _Shown(progress, len(scan.y))
     results: dict[str, list[np.ndarray]] = {}
     chi2: dict[str, list[float]] = {}
@@ -97,8 +95,8 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
     for index in range(slices):
         with torch.no_grad():
             with clock("operator"):
-                problem = posed(known, index, model, place)
-            for name in problem.baselines:
+                problem = posed(scan, index, model, place)
+            for name in problem.baselines if method == "deft" else problem.baselines[:1]:
                 if name != method:
                     with clock(name):
                         u, warning = problem.classical[name]()
@@ -125,7 +123,7 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
             measure = {"CT": metrics.ct_metrics, "MR": metrics.mr_metrics}[scan.modality]
             measured = {name: measure(v.data, scan.reference.data) for name, v in {method: volume, **volumes}.items()}
     provenance = {"method": method, "estimate": estimate, "steps": steps if method == "deft" else None, "samples": count, "seed": seed,
-                  "device": place.type, "protocol": scan.protocol, "noise": "estimated" if scan.noise is None else "given"}
+                  "device": place.type, "protocol": scan.protocol, "noise": scan.noise_is}
     return Reconstruction(
         volume=volume, std=std, beside=volumes or {method: volume}, reference=scan.reference, method=method, estimate=estimate,
         samples=count, steps=1 if estimate == "mean" else steps, metrics=measured, timing=clock.seconds, provenance=provenance,

@@ -24,8 +24,7 @@ from operators import coils, whiten
 from operators.analytic import FilteredBackprojection, WeightedAdjoint
 from operators.ct import MU_WATER, encode
 from operators.geometry import Cartesian, Trajectory
-from operators.linear import LinearOperator
-from operators.mri import CartesianMRI, Complex, Fourier, NonCartesianMRI
+from operators.mri import Complex, Fourier, NonCartesianMRI, encoding
 from operators.noise import estimate, gaussian
 from operators.solve import cg_sense
 from operators.variational import Record, tv, wavelet
@@ -55,7 +54,8 @@ class Problem:
     baselines: tuple[str, ...]
     picture: Callable[[Tensor], np.ndarray]  # u (K, C, ny, nx) -> [K, row, column] in the scan's unit
     predict: Callable[[Any, Tensor], Tensor]  # acquisition and u -> what it would measure, without noise
-    image: Callable[[np.ndarray], Tensor] | None = None  # and back, where nothing was lost: (row, column) -> u (1, C, ny, nx)
+    deviation: Callable[[Tensor], Tensor]  # noise of a measurement -> by how much a prediction from the true image misses it
+    image: Callable[[np.ndarray], Tensor] | None = None  # picture's way back, where nothing was lost: (row, column) -> u (1, C, ny, nx)
 
 
 def pose(scan: Scan, index: int = 0, *, window: Window | None = None, filter: str = FILTER, device: str | torch.device = "cpu") -> Problem:
@@ -66,28 +66,27 @@ def pose(scan: Scan, index: int = 0, *, window: Window | None = None, filter: st
     assert scan.noise is not None
     y = torch.from_numpy(scan.y[index:index + 1])
     noise = torch.from_numpy(np.broadcast_to(scan.noise, scan.y.shape)[index:index + 1].copy())
-    return (_ct if scan.modality == "CT" else _mr)(scan, index, y, noise, window or Window(), filter, device)
+    return _ct(scan, y, noise, window or Window(), filter, device) if scan.modality == "CT" else _mr(scan, index, y, noise, device)
 
 
 def with_known_noise(scan: Scan) -> Scan:
-    """The scan itself or, where it does not know its noise, the same with an estimate from its data."""
-    return scan if scan.noise is not None else replace(scan, noise=estimated_noise(scan)[0])
+    """The scan itself or, where it does not know its noise, the same with an estimate from its data.
 
-
-def estimated_noise(scan: Scan) -> tuple[np.ndarray, bool]:
-    """The noise of a scan from its data, shaped to broadcast to y, and whether signal may be counted in it (one or two coils)."""
+    It is an upper bound where signal may be counted in it: in MR scans with one or two coils.
+    """
+    if scan.noise is not None:
+        return scan
+    words = "estimated from the data"
     if scan.modality == "CT":
-        return estimate(torch.from_numpy(scan.y)).numpy(), False
-    found = []
-    for y in torch.from_numpy(scan.y):
-        kspace, mask, region = _calibration(y, scan)
-        level = whiten.level(kspace, mask, region)
-        found.append((level.sigma / _gain(scan), level.upper_bound))
-    levels = np.array([sigma for sigma, _ in found], np.float32)
-    return levels.reshape(-1, *[1] * (scan.y.ndim - 1)), any(upper for _, upper in found)
+        return replace(scan, noise=estimate(torch.from_numpy(scan.y)).numpy(), noise_is=words)
+    found = [whiten.level(*_calibration(y, scan)) for y in torch.from_numpy(scan.y)]
+    sigma = np.array([level.sigma for level in found], np.float32) / _gain(scan)
+    if any(level.upper_bound for level in found):
+        words += ", as an upper bound: it may count signal"
+    return replace(scan, noise=sigma.reshape(-1, *[1] * (scan.y.ndim - 1)), noise_is=words)
 
 
-def _ct(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter: str, device: str | torch.device) -> Problem:
+def _ct(scan: Scan, y: Tensor, noise: Tensor, window: Window, filter: str, device: str | torch.device) -> Problem:
     operator = encode(scan.grid, scan.acquisition, device)  # type: ignore[arg-type]
     sigma = unresolved(noise, max(scan.grid.spacing))
     mu = MU_WATER if scan.mu_water is None else scan.mu_water
@@ -100,6 +99,7 @@ def _ct(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter
     return Problem(likelihood, {"fbp": fbp, "tv": lambda: _told(*total_variation(likelihood, fbp()[0]))}, ("fbp",),
                    lambda u: window.restore(u)[:, 0].cpu().numpy(),
                    lambda acquisition, u: window.fold(encode(scan.grid, acquisition, device), mu_water=mu)(u)[:, 0],
+                   lambda noise: unresolved(noise, max(scan.grid.spacing)),
                    lambda hu: window.normalise(torch.from_numpy(hu)[None, None]).to(device))
 
 
@@ -111,35 +111,24 @@ def total_variation(likelihood: Gaussian, x0: Tensor, weight: float = TV_WEIGHT)
               max_iterations=ITERATIONS)
 
 
-def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter: str, device: str | torch.device) -> Problem:
+def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, device: str | torch.device) -> Problem:
     kspace, _, region = _calibration(y[0], scan)
-    if scan.maps is not None:
-        maps = torch.from_numpy(scan.maps[index])
-    else:
-        maps = coil_maps(kspace, region, float(_measured(noise, scan).square().mean().sqrt()) * _gain(scan))
     level = float(_measured(noise, scan).square().mean().sqrt())
+    maps = coil_maps(kspace, region, level * _gain(scan)) if scan.maps is None else torch.from_numpy(scan.maps[index])
     y, noise, maps = y.to(device), noise.to(device), maps.to(device)
     acquisition: Cartesian | Trajectory = scan.acquisition  # type: ignore[assignment]
-
-    def encoding_of(acquisition: Cartesian | Trajectory) -> LinearOperator:
-        return NonCartesianMRI(acquisition, maps) if isinstance(acquisition, Trajectory) else CartesianMRI(acquisition, maps)
-
-    physics = encoding_of(acquisition)
-    count, share = 2 * len(maps) * acquisition.samples, 1 / acquisition.acceleration
-    channels, scale = Complex(physics.domain_shape), float(scale_of(kspace))  # type: ignore[arg-type]
-    likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ WeightedAdjoint(physics), count=count, ratio=share)
-    encoding = physics * scale
-
-    def of(image: Tensor) -> Tensor:
-        return channels.H(image)
+    physics = encoding(acquisition, maps)
+    channels, scale = Complex(acquisition.shape), float(scale_of(kspace))
+    likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ WeightedAdjoint(physics),
+                          count=2 * len(maps) * acquisition.samples, ratio=1 / acquisition.acceleration)
 
     def sense() -> tuple[Tensor, str]:
-        return of(cg_sense(encoding, y, SENSE * level**2, iterations=50)), ""
+        return channels.H(cg_sense(physics * scale, y, SENSE * level**2, iterations=50)), ""
 
     def sparse(method: Callable[..., tuple[Tensor, Record]], name: str) -> Callable[[], tuple[Tensor, str]]:
         def answer() -> tuple[Tensor, str]:
-            image, record = method(encoding, y, SPARSE[name] * scale / level, sigma=noise, max_iterations=MR_ITERATIONS)
-            return _told(of(image), record)
+            image, record = method(physics * scale, y, SPARSE[name] * scale / level, sigma=noise, max_iterations=MR_ITERATIONS)
+            return _told(channels.H(image), record)
 
         return answer
 
@@ -150,7 +139,7 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter
     classical = {"zero-filled": lambda: (likelihood.direct(), ""), "cg-sense": sense,
                  "wavelet": sparse(wavelet, "wavelet"), "tv": sparse(tv, "tv")}
     return Problem(likelihood, classical, ("zero-filled", "cg-sense", "wavelet"), picture,
-                   lambda other, u: (encoding_of(other) @ channels)(scale * u))
+                   lambda other, u: (encoding(other, maps) @ channels)(scale * u), lambda noise: noise)
 
 
 def coil_maps(kspace: Tensor, region: coils.Calibration, sigma: float = 0.0) -> Tensor:
@@ -166,11 +155,9 @@ def coil_maps(kspace: Tensor, region: coils.Calibration, sigma: float = 0.0) -> 
 def _calibration(y: Tensor, scan: Scan) -> tuple[Tensor, Tensor, coils.Calibration]:
     """(k-space (C, ky, kx), its mask, the region to calibrate from) of one slice; a trajectory's is gridded."""
     if isinstance(scan.acquisition, Trajectory):
-        # a fit, not the adjoint: its centre is 1.5 % off, which coil maps would take over
-        images = cg_sense(NonCartesianMRI(scan.acquisition), y[:, None], 1e-3, iterations=8)
         centre = torch.zeros(scan.grid.shape, dtype=torch.bool)
         central(centre, CALIBRATION)[:] = True  # beyond it the grid's noise is another
-        return Fourier(scan.grid.shape)(images), centre, CALIBRATION
+        return _gridded(y, scan.acquisition), centre, CALIBRATION
     mask = torch.from_numpy(scan.acquisition.mask)  # type: ignore[union-attr]
     ny, nx = mask.shape
     if not mask[ny // 2, nx // 2]:
@@ -179,10 +166,15 @@ def _calibration(y: Tensor, scan: Scan) -> tuple[Tensor, Tensor, coils.Calibrati
     return y, mask, None
 
 
+def _gridded(y: Tensor, trajectory: Trajectory) -> Tensor:
+    """Samples (C, M) as k-space (C, ky, kx): a fit, not the adjoint, whose centre is 1.5 % off, which coil maps would take over."""
+    return Fourier(trajectory.shape)(cg_sense(NonCartesianMRI(trajectory), y[:, None], 1e-3, iterations=8))
+
+
 @functools.lru_cache(maxsize=8)
 def _gridded_noise(trajectory: Trajectory) -> float:
-    unit = gaussian(torch.zeros(1, 1, trajectory.samples, dtype=torch.complex64), 1.0, generator=torch.Generator().manual_seed(0))
-    centre = coils.calibrate(Fourier(trajectory.shape)(cg_sense(NonCartesianMRI(trajectory), unit, 1e-3, iterations=8)), CALIBRATION)
+    unit = gaussian(torch.zeros(1, trajectory.samples, dtype=torch.complex64), 1.0, generator=torch.Generator().manual_seed(0))
+    centre = coils.calibrate(_gridded(unit, trajectory), CALIBRATION)
     return float(centre.abs().square().mean() / 2) ** 0.5
 
 

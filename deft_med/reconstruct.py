@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
     from deft_med.problem import with_known_noise
     from deft_med.simulate import simulate
 
-    scan = source.scan or simulate(source.volume, protocol, seed=arguments.seed)  # type: ignore[arg-type]
+    scan = with_known_noise(source.scan or simulate(source.volume, protocol, seed=arguments.seed))  # type: ignore[arg-type]
     model, flags = None, []
     if arguments.method == "deft":
         name = arguments.model or DEFAULTS[source.modality][1]
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise UsageError(f"no {source.modality} model ships with this version: give --model DIR (README, Training on your own data), "
                              "or choose --method wavelet, tv, cg-sense or zero-filled")
         model = bundle.load_model(name)
-        flags = bundle.check(model.card, with_known_noise(scan), anatomy=source.anatomy, estimated=scan.noise is None)
+        flags = bundle.check(model.card, scan, anatomy=source.anatomy)
         if flags and not arguments.out_of_scope_ok:
             from deft_med.errors import ModelError
 

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from deft_med.config import KSpaceProtocol, Noise, Protocol
-from deft_med.intensity import scale_of
 from deft_med.volume import Scan, Volume
 from operators.ct import RayTransform, attenuation
 from operators.geometry import FanBeam, Grid, ParallelBeam, Trajectory
-from operators.mri import Fourier, encoding
+from operators.mri import encoding
 from operators.noise import gaussian, transmission
 
 SUBRAYS, SPLIT, CHUNK = 3, 2, 32
@@ -100,11 +99,11 @@ def _simulate_mr(volume: Volume, protocol: KSpaceProtocol, seed: int) -> Scan:
     acquisition = protocol.acquisition(shape, slice_generator(seed, 0, purpose="pattern"))
     maps = coil_maps(1, protocol.coils, shape, slice_generator(seed, 0, purpose="coils"))[0]
     physics = encoding(acquisition, maps)
-    whole, y, sigma = Fourier(shape), [], []
+    y, sigma, faintest = [], [], 1e-3 * float(reference.data.max()) or 1.0  # an empty slice is measured too
     for index, magnitude in enumerate(torch.from_numpy(reference.data)):
         generator = slice_generator(seed, index, purpose="measure")
         image = torch.polar(magnitude, smooth_phase(1, shape, generator)[0])
-        level = protocol.noise_percent / 100 * float(scale_of(whole(image)[None]))
+        level = protocol.noise_percent / 100 * max(float(magnitude.max()), faintest)
         kspace = gaussian(physics(image), level, generator=generator)
         y.append(kspace if isinstance(acquisition, Trajectory) else kspace * torch.from_numpy(acquisition.mask))
         sigma.append(level)

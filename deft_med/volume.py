@@ -112,6 +112,7 @@ class Scan:
         grid: `operators.geometry.Grid` of the reconstruction; for MR, of the k-space matrix, (1, 1) mm where its size is not known.
         noise: standard deviation of y (MR: of its real and of its imaginary part), an array that broadcasts to y, or None where it
             is not known.
+        noise_is: "given", or how it was found from the data, for the record.
         reference: the true image, where there is one: HU on the grid, or the magnitude ("a.u.") on the picture.
         affine: float64 (4, 4), maps (column, row, slice, 1) of the grid to LPS mm; None where the place is not known.
         simulated: True where y was computed from an image.
@@ -135,6 +136,7 @@ class Scan:
     maps: Complexes | None = None
     crop: tuple[int, int] | None = None
     mu_water: float | None = None
+    noise_is: str = "given"
 
     def __post_init__(self) -> None:
         check = _check_ct if self.modality == "CT" else _check_mr

@@ -17,7 +17,7 @@ from torch import Tensor
 Region = tuple[slice, slice]
 Calibration = Region | tuple[int, int] | int | None  # slices, the size of a centred rectangle, or found from the samples
 
-_LARGEST = 32  # samples per axis that the default calibration takes: beyond, there is more noise than knowledge of the coils
+LARGEST = 32  # samples per axis that the default calibration takes: beyond, there is more noise than knowledge of the coils
 _CHUNK = 2**24  # entries of the pixels' matrices that are held at once
 
 
@@ -194,7 +194,7 @@ def _region(kspace: Tensor, calibration: Calibration) -> Region:
     mask = (kspace != 0).any(0)
     if calibration is None:
         found = calibration_region(mask)
-        return _centred(shape, tuple(min(s.stop - s.start, _LARGEST) for s in found))
+        return _centred(shape, tuple(min(s.stop - s.start, LARGEST) for s in found))
     pair = (calibration, calibration) if isinstance(calibration, int) else calibration
     region = pair if isinstance(pair[0], slice) else _centred(shape, pair)
     rows, columns = (range(*s.indices(n)) for s, n in zip(region, shape, strict=True))

@@ -46,9 +46,6 @@ class Record:
     converged: bool
 
 
-TVRecord = Record  # its name before wavelets
-
-
 def tv(
     operator: LinearOperator,
     y: Tensor,

@@ -86,7 +86,7 @@ def test_a_scan_out_of_plain_numpy_and_noise_from_the_data(model: Model) -> None
     made = simulate(head(1), PROTOCOL)
     scan = Scan(y=made.y[0], acquisition=made.acquisition, grid=made.grid)
     result = reconstruct(scan, method="fbp")
-    assert not result.simulated and result.reference is None and result.metrics == {} and result.provenance["noise"] == "estimated"
+    assert not result.simulated and result.reference is None and result.metrics == {} and result.provenance["noise"].startswith("estimated")
     known = reconstruct(part(made, slice(0, 1)), method="fbp")
     assert np.allclose(result.volume.data, known.volume.data)
     assert result.chi2["mean"] == pytest.approx(known.chi2["mean"], rel=0.4)
