@@ -61,12 +61,14 @@ def test_every_pose_keeps_its_points(name: str, tmp_path: Path) -> None:
     assert back.affine[0, 0] > 0 and back.affine[1, 1] > 0 and back.affine[2, 2] > 0
 
 
-def test_a_sagittal_file_comes_in_axial(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("modality", "shape", "spacing"), [("CT", (6, 5, 7), (2.0, 1.0, 3.0)), ("MR", (7, 6, 5), (3.0, 2.0, 1.0))])
+def test_a_sagittal_file_comes_in_axial_or_as_acquired(modality: str, shape: tuple, spacing: tuple, tmp_path: Path) -> None:
     data = np.random.default_rng(0).normal(size=(5, 6, 7)).astype(np.float32)
     affine = np.array([[0, 0, 3.0, -4], [1, 0, 0, -9], [0, 2.0, 0, 5], [0, 0, 0, 1]])  # first axis to the front, second up, third right
     nib.save(nib.Nifti1Image(data, affine), tmp_path / "scan.nii")
-    volume = read(tmp_path / "scan.nii").volume
-    assert volume is not None and volume.shape == (6, 5, 7) and volume.spacing == (2.0, 1.0, 3.0)
+    volume = read(tmp_path / "scan.nii", modality=modality).volume
+    assert volume is not None and volume.shape == shape and volume.spacing == spacing
+    assert np.linalg.det(volume.affine[:3, :3]) > 0
     ras = affine @ [1, 2, 3, 1]
     i, j, k = np.rint(np.linalg.solve(volume.affine, ras * [-1, -1, 1, 1])[:3]).astype(int)
     assert volume.data[k, j, i] == data[1, 2, 3]

@@ -3,7 +3,8 @@
 Nor has it a modality. `read` takes the caller's word; else the side-car's ("Units" HU or a.u., or "Modality" CT or MR, as dcm2niix
 writes it); else the values': CT where any is -500 or less, for that is air in HU and no magnitude, otherwise MR. A note says which.
 
-Volumes are turned to columns left, rows posterior, slices up (LPS), whatever the order in the file, so that a slice is axial.
+Volumes are turned to columns left, rows posterior, slices up (LPS), whatever the order in the file, so that a slice is axial. Only an MR
+volume with thicker sagittal or coronal slices keeps them, as they were acquired: they stand upright, seen from the left or the front.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from deft_med.volume import Volume
 
 UNREADABLE = (HeaderDataError, ImageFileError)
 AIR_BELOW = -500.0  # HU
+THICK = 1.2  # thickness of a slice over the larger side of its pixels, from which it is known which way a volume was cut
 LONGEST_SIDECAR = 2**20
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def read(path: Path, *, max_bytes: int = MAX_BYTES, modality: str | None = None) -> Source:
-    """A 2D or 3D NIfTI-1 or -2 file, plain or gzipped, as an axial volume in HU (CT) or a.u. (MR).
+    """A 2D or 3D NIfTI-1 or -2 file, plain or gzipped, as a volume of upright slices in HU (CT) or a.u. (MR).
 
     Args:
         modality: "CT" or "MR"; without it the rule above.
@@ -77,7 +79,7 @@ def read(path: Path, *, max_bytes: int = MAX_BYTES, modality: str | None = None)
         placed = bool(int(image.header["sform_code"]) or int(image.header["qform_code"]))
         unit = image.header.get_xyzt_units()[0]
     modality, note = _modality(array, path, modality)
-    volume = _axial(array, affine, unit, "HU" if modality == "CT" else "a.u.")
+    volume = _upright(array, affine, unit, "HU" if modality == "CT" else "a.u.")
     notes = [note]
     if not placed:
         notes.append("the file states no orientation: left and right are not known")
@@ -113,8 +115,8 @@ def _beside(path: Path) -> str | None:
     return {"HU": "CT", "a.u.": "MR"}.get(str(found.get("Units")), {"CT": "CT", "MR": "MR"}.get(str(found.get("Modality"))))
 
 
-def _axial(array: np.ndarray, affine: np.ndarray, unit: str, of: str) -> Volume:
-    """[i, j, k] with a RAS affine as a Volume, its values in the unit ``of``, with columns to the left, rows to the back, slices up."""
+def _upright(array: np.ndarray, affine: np.ndarray, unit: str, of: str) -> Volume:
+    """[i, j, k] with a RAS affine as a Volume, its values in the unit ``of``, turned as this module says."""
     if unit not in ("mm", "unknown"):
         raise UnsupportedError(f"the NIfTI image measures space in {unit}, not in mm; convert its header")
     bad = int((~np.isfinite(array)).sum())
@@ -128,7 +130,14 @@ def _axial(array: np.ndarray, affine: np.ndarray, unit: str, of: str) -> Volume:
     unit_axes = affine[:3, :3] / lengths
     if np.abs(unit_axes.T @ unit_axes - np.eye(3)).max() > 1e-3:
         raise UnsupportedError("the NIfTI image has a sheared affine (as a tilted gantry leaves); resample it to a right-angled grid")
-    turn = nib.orientations.ornt_transform(nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt("LPS"))
+    found = nib.orientations.io_orientation(affine)
+    thickness = [0.0, 0.0, 0.0]  # along left-right, front-back, up-down
+    for length, axis in zip(lengths, found[:, 0].astype(int), strict=True):
+        thickness[axis] = length
+    codes = "LPS"
+    if of == "a.u." and max(thickness) > THICK * sorted(thickness)[1]:
+        codes = ("PIR", "LIP", "LPS")[int(np.argmax(thickness))]
+    turn = nib.orientations.ornt_transform(found, nib.orientations.axcodes2ornt(codes))
     turned = nib.orientations.apply_orientation(array, turn)
     affine = affine @ nib.orientations.inv_ornt_aff(turn, array.shape)
     return Volume(turned.transpose(2, 1, 0), LPS_TO_RAS @ affine, of)
