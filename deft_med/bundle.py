@@ -242,9 +242,10 @@ def _match_one(name: str, state: Mapping[str, Tensor], expected: Mapping[str, Te
 
 def _metadata(card: Card) -> dict[str, Any]:
     """What MONAI's bundle tools expect to find; deft_med itself reads card.json."""
-    image = {"type": "image", "format": "hounsfield" if card.window.unit == "HU" else "magnitude", "modality": card.modality,
+    parts = ["image"] if card.channels == 1 else ["real", "imaginary"]
+    image = {"type": "image", "format": "hounsfield" if card.window.unit == "HU" else "complex", "modality": card.modality,
              "num_channels": card.channels, "spatial_shape": ["*", "*"], "dtype": "float32", "value_range": [], "is_patch_data": False,
-             "channel_def": {"0": "image"}}  # fmt: skip
+             "channel_def": {str(k): part for k, part in enumerate(parts)}}  # fmt: skip
     return {
         "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
         "version": card.version,

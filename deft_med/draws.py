@@ -12,7 +12,7 @@ from deft_med.intensity import Affine, Window, scale_of
 from deft_med.likelihood import Gaussian
 from deft_med.simulate import coil_maps, measured_by, smooth_phase, unresolved, with_noise
 from operators import patterns
-from operators.analytic import FilteredBackprojection, WeightedAdjoint
+from operators.analytic import FilteredBackprojection, approximate_inverse
 from operators.ct import RayTransform
 from operators.geometry import Cartesian, Grid, ParallelBeam, Trajectory, uniform_angles
 from operators.mri import Complex, Fourier, encoding
@@ -141,7 +141,7 @@ class KSpace:
         y = gaussian(lines, deviation, generator=generator)
         if isinstance(pattern, Cartesian):
             y = y * torch.from_numpy(pattern.mask)
-        return Gaussian(Affine(physics @ channels, 1.0, 0.0), y, deviation, channels.H @ WeightedAdjoint(physics),
+        return Gaussian(Affine(physics @ channels, 1.0, 0.0), y, deviation, channels.H @ approximate_inverse(physics),
                         count=2 * maps.shape[1] * pattern.samples, ratio=1 / pattern.acceleration)
 
     def draw(self, u: Tensor, pixel: Tensor, generator: Generator) -> Gaussian:

@@ -9,7 +9,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("prior", metavar="PRIOR", help="folder of the prior's training")
     p.add_argument("h", metavar="H", help="folder of the h-transform's training")
     p.add_argument("--card", required=True, metavar="FILE", help="YAML file with the card's own words, or the name of one in configs/cards")
-    p.add_argument("--manifest", required=True, metavar="FILE", help="JSON list of images with split, subject, collection, licence, doi")
+    p.add_argument("--manifest", required=True, metavar="FILE",
+                   help="JSON list of images with split, subject, licence, collection or source, doi where there is one")
     p.add_argument("--tune", default="", metavar="A,B", help="subjects of the train split that were tuned on instead")
     p.add_argument("--results", metavar="FILE", help="results.jsonl of deft_med.benchmark, for the numbers on the card")
     p.add_argument("--out", required=True, metavar="DIR")
@@ -55,7 +56,10 @@ def make(arguments: argparse.Namespace):
         raise UsageError(f"a bundle is a prior and an htransform, got {prior_config.kind} and {h_config.kind}")
     seen = [entry for entry in json.loads(Path(arguments.manifest).read_text("utf-8")) if entry["split"] == "train"]
     window = Window() if h_config.modality == "CT" else Window(scale=1.0, unit="a.u.")
-    seen = [entry for entry in seen if entry["subject"] not in arguments.tune.split(",")]
+    kept = set(filter(None, arguments.tune.split(",")))
+    if unknown := kept - {entry["subject"] for entry in seen}:
+        raise UsageError(f"--tune names {', '.join(sorted(unknown))}, which the manifest's train split does not hold")
+    seen = [entry for entry in seen if entry["subject"] not in kept]
     card = words | {
         "window": dataclasses.asdict(window), "channels": MODALITIES[h_config.modality], "sigma_data": prior.sd,
         "sigma_min": prior.sigma_min, "sigma_max": prior.sigma_max, "prior": dataclasses.asdict(prior_config.network),
@@ -63,11 +67,12 @@ def make(arguments: argparse.Namespace):
         "training_data": [dataclasses.asdict(c) for c in collections(seen)],
         "metrics": [] if arguments.results is None else measured(Path(arguments.results)),
     }
-    return bundle.save(arguments.out, prior.state_dict(), h.state_dict(), card, attribution(seen), overwrite=arguments.overwrite)
+    credit = attribution(seen, h_config.modality)
+    return bundle.save(arguments.out, prior.state_dict(), h.state_dict(), card, credit, overwrite=arguments.overwrite)
 
 
 def measured(results) -> list[dict]:
-    """PSNR in the body per protocol and method, mean and deviation over subjects, from a benchmark's records."""
+    """PSNR of the whole image per protocol and method, mean and deviation over subjects, from a benchmark's records."""
     import json
 
     import numpy as np

@@ -21,7 +21,7 @@ from deft_med.likelihood import Gaussian
 from deft_med.simulate import unresolved
 from deft_med.volume import Scan, central
 from operators import coils, whiten
-from operators.analytic import FilteredBackprojection, WeightedAdjoint
+from operators.analytic import FilteredBackprojection, WeightedAdjoint, approximate_inverse
 from operators.ct import MU_WATER, encode
 from operators.geometry import Cartesian, Trajectory
 from operators.mri import Complex, Fourier, NonCartesianMRI, encoding
@@ -119,8 +119,11 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, device: str | torch.de
     acquisition: Cartesian | Trajectory = scan.acquisition  # type: ignore[assignment]
     physics = encoding(acquisition, maps)
     channels, scale = Complex(acquisition.shape), float(scale_of(kspace))
-    likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ WeightedAdjoint(physics),
+    likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ approximate_inverse(physics),
                           count=2 * len(maps) * acquisition.samples, ratio=1 / acquisition.acceleration)
+
+    def zero_filled() -> tuple[Tensor, str]:
+        return likelihood.inverted_by(channels.H @ WeightedAdjoint(physics)).direct(), ""
 
     def sense() -> tuple[Tensor, str]:
         return channels.H(cg_sense(physics * scale, y, SENSE * level**2, iterations=50)), ""
@@ -136,7 +139,7 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, device: str | torch.de
         magnitude = torch.linalg.vector_norm(u, dim=1) * scale
         return central(magnitude.cpu().numpy(), scan.picture)
 
-    classical = {"zero-filled": lambda: (likelihood.direct(), ""), "cg-sense": sense,
+    classical = {"zero-filled": zero_filled, "cg-sense": sense,
                  "wavelet": sparse(wavelet, "wavelet"), "tv": sparse(tv, "tv")}
     return Problem(likelihood, classical, ("zero-filled", "cg-sense", "wavelet"), picture,
                    lambda other, u: (encoding(other, maps) @ channels)(scale * u), lambda noise: noise)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from numpy.polynomial.chebyshev import chebinterpolate
 from scipy.spatial import ConvexHull, QhullError, Voronoi, cKDTree
 from torch import Tensor
 
@@ -299,6 +300,56 @@ class WeightedAdjoint(LinearOperator):
     def _adjoint(self, y: Tensor) -> Tensor:
         real = y.real.dtype
         return self.operator._forward(y * self._scale.to(real)) * self._weights.to(real)
+
+
+class SenseInverse(LinearOperator):
+    """(1 + w) (A.H A + w)^-1 A.H of a Cartesian encoding, (*batch, C, ny, nx) -> (*batch, ny, nx): coils unfold what the pattern folds.
+
+    Regularised SENSE with a fixed weight w on [0, 1], the spectrum of A.H A for maps of unit sum of squares, as a Chebyshev polynomial in
+    A.H A: unlike conjugate gradients it is linear in y, with an exact adjoint. What was fully measured comes back as it is, noise is
+    amplified 1 / (2 sqrt(w)) times at most, and with one coil it is A.H. Pruessmann et al., Magn. Reson. Med. 42(5), 1999.
+
+    Args:
+        weight: w; 0.05 unfolds four- to eightfold acceleration at usual noise.
+        degree: of the polynomial; 8 is within 3 % of the inverse at w = 0.05.
+
+    Raises:
+        TypeError: another operator. ValueError: coil maps that are zero everywhere, or a weight or degree that is not positive.
+    """
+
+    def __init__(self, operator: CartesianMRI, *, weight: float = 0.05, degree: int = 8) -> None:
+        if not isinstance(operator, CartesianMRI):
+            raise TypeError(f"the SENSE inverse needs a CartesianMRI, got {type(operator).__name__}")
+        if not weight > 0 or degree < 1:
+            raise ValueError(f"weight and degree must be positive, got {weight} and {degree}")
+        super().__init__(operator.range_shape, operator.domain_shape, operator.range_dtype, operator.domain_dtype)
+        self.batch_shape = operator.batch_shape
+        self.operator, self.normal = operator, operator.gram
+        largest = operator.maps.abs().square().sum(dim=-3).amax(dim=(-2, -1), keepdim=True)
+        if not (largest > 0).all():
+            raise ValueError("the coil maps are zero everywhere")
+        self.register_buffer("_largest", largest.double(), persistent=False)
+        self._series = chebinterpolate(lambda x: (1 + weight) / ((1 + x) / 2 + weight), degree).tolist()  # type: ignore[type-var]
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        """The series in 2 A.H A - 1 applied to x, by Clenshaw's recurrence."""
+        x = x / self._largest.to(x.real.dtype)
+        double = 2 / self._largest.to(x.real.dtype)
+        ahead, behind = self._series[-1] * x, torch.zeros_like(x)
+        for coefficient in self._series[-2:0:-1]:
+            ahead, behind = coefficient * x + 2 * (double * self.normal._forward(ahead) - ahead) - behind, ahead
+        return self._series[0] * x + double * self.normal._forward(ahead) - ahead - behind
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self._unfold(self.operator._adjoint(x))
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self.operator._forward(self._unfold(y))
+
+
+def approximate_inverse(operator: CartesianMRI | NonCartesianMRI) -> SenseInverse | WeightedAdjoint:
+    """B of an MRI operator: what a residual in k-space means in the image."""
+    return SenseInverse(operator) if isinstance(operator, CartesianMRI) else WeightedAdjoint(operator)
 
 
 @functools.lru_cache(maxsize=8)

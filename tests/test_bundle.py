@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -14,8 +15,8 @@ import pytest
 import torch
 
 from deft_med import bundle
-from deft_med.attribution import attribution, collections
-from deft_med.card import Card, out_of_scope, parse
+from deft_med.attribution import attribution, collections, readme
+from deft_med.card import WEIGHTS, Card, out_of_scope, parse
 from deft_med.errors import ModelError, OutputError, ResourceError, UsageError
 from deft_med.htransform import HTransform
 from deft_med.network import UNet
@@ -267,11 +268,54 @@ def test_attribution_counts_subjects_not_files() -> None:
     ({"licence": "CC BY-NC 4.0"}, "not known to permit redistribution"),
     ({"doi": ""}, "has no DOI"),
     ({"doi": "TCIA"}, "has no DOI"),
-    ({"collection": ""}, "has no collection or no subject"),
+    ({"collection": ""}, "has no collection or source, or no subject"),
+    ({"subject": ""}, "has no collection or source, or no subject"),
 ])  # fmt: skip
 def test_a_training_file_without_a_licence_cannot_be_published(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         attribution([ENTRY, {**ENTRY, **changes}])
+
+
+SOURCED = {"file": "mr/train/b.nii.gz", "shape": [9, 9, 9], "subject": "B", "source": "owner/some.repo head 1, (c) 2015 Someone",
+           "licence": "BSD-2-Clause (repository), CC BY 4.0 (figshare)"}  # fmt: skip
+
+
+def test_a_repository_is_credited_with_its_link_and_without_invented_numbers() -> None:
+    entries = [SOURCED, {**SOURCED, "file": "mr/train/b2.nii.gz"}, {**SOURCED, "subject": "C", "slices": 4}, ENTRY]
+    assert [(r.doi, r.subjects, r.slices) for r in collections(entries)] == [("10.7937/ABC", 1, 3), ("", 2, 0)]
+    text = attribution(entries, "MR")
+    assert "| owner/some.repo head 1, (c) 2015 Someone |" in text
+    assert "| [github.com/owner/some.repo](https://github.com/owner/some.repo) | 2 | - |" in text
+    assert "[BSD-2-Clause](https://spdx.org/licenses/BSD-2-Clause.html) (repository), [CC BY 4.0](https://creativecommons" in text
+    assert "synthetic phase" in text and "Hounsfield" not in text and "notices of copyright" in text
+    assert "Hounsfield" in attribution([ENTRY]) and "notices of copyright" not in attribution([ENTRY])
+    assert "https://doi.org/10.5281/zenodo.1" in attribution([{**SOURCED, "source": "a hospital", "doi": "10.5281/zenodo.1"}])
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"source": "a hospital"}, "has no DOI"),
+    ({"source": "n/a"}, "has no DOI"),
+    ({"source": "Some-Collection (TCIA) 1"}, "has no DOI"),
+    ({"collection": "Some-Collection (TCIA)"}, "has no DOI"),
+    ({"doi": "soon"}, "has no DOI"),
+    ({"licence": "MIT (noncommercial)"}, "not known to permit"),
+    ({"licence": "MIT, CC BY-NC 4.0 (figshare)"}, "not known to permit"),
+    ({"source": ""}, "has no collection or source"),
+])  # fmt: skip
+def test_a_source_that_cannot_be_found_or_shared_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        collections([{**SOURCED, **changes}])
+
+
+def test_the_readme_of_an_mr_model_speaks_of_k_space() -> None:
+    window = {"offset": 0.0, "scale": 1.0, "unit": "a.u."}
+    protocol = {"acceleration": [2, 10], "coils": [1, 16], "noise_percent": [0.3, 10]}
+    text = readme(parse(changed(
+        modality="MR", channels=2, window=window, protocols=[{"geometry": "cartesian", **protocol}, {"geometry": "trajectory"}],
+        training_data=[dataclasses.asdict(row) for row in collections([SOURCED])], licence="CC-BY-4.0", deft_med="0.1.0",
+        sha256=dict.fromkeys(WEIGHTS, "0" * 64))))
+    assert "u = (" not in text and "of its k-space" in text and "Trained on non-Cartesian acquisitions." in text
+    assert "Cartesian acquisitions, 1 to 16 coils, acceleration 2 to 10, noise 0.3 to 10 % of the image's scale." in text
 
 
 def test_no_training_file_at_all() -> None:
@@ -284,6 +328,9 @@ def test_every_training_file_of_the_development_data_has_a_licence(data_dir: Pat
     manifest = json.loads((data_dir / "ct_manifest.json").read_text("utf-8"))
     rows = collections(entry for entry in manifest if entry["split"] == "train")
     assert sum(r.subjects for r in rows) == 45
+    manifest = json.loads((data_dir / "mr_manifest.json").read_text("utf-8"))
+    rows = collections(entry for entry in manifest if entry["split"] == "train" and entry["subject"] != "UIH_B")
+    assert sum(r.subjects for r in rows) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------- what ships

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from operators import _nufft, patterns
-from operators.analytic import WeightedAdjoint, density, root_sum_of_squares
+from operators.analytic import SenseInverse, WeightedAdjoint, density, root_sum_of_squares
 from operators.geometry import Cartesian, Trajectory
 from operators.mri import CartesianMRI, Coils, Complex, Fourier, Mask, NonCartesianMRI
-from operators.solve import cg
+from operators.solve import cg, cg_sense
 from operators.testing import check_operator
 
 ODD, EVEN, MIXED = (21, 25), (22, 26), (24, 15)
@@ -74,6 +74,8 @@ CARTESIAN = {
     "inverse": lambda: WeightedAdjoint(CartesianMRI(points(MIXED), 2 * coils(MIXED))),
     "inverse, two channels": lambda: Complex(ODD).H @ WeightedAdjoint(CartesianMRI(points(ODD), coils(ODD))),
     "inverse, batched": lambda: WeightedAdjoint(batched(EVEN)),
+    "sense inverse": lambda: SenseInverse(CartesianMRI(points(MIXED), 2 * coils(MIXED))),
+    "sense inverse, batched": lambda: Complex(EVEN).H @ SenseInverse(batched(EVEN)),
 }
 NUFFT = {
     "radial": lambda: NonCartesianMRI(patterns.radial(ODD, 11), coils(ODD)),
@@ -273,6 +275,21 @@ def test_on_the_grid_it_replaces_what_was_measured(pattern):
     torch.testing.assert_close(WeightedAdjoint(full)(full(x)), x)
 
 
+@pytest.mark.parametrize("pattern", [lines, points])
+def test_the_sense_inverse_is_regularised_sense_and_linear(pattern):
+    shape = (24, 22)
+    operator = CartesianMRI(pattern(shape), 3 * coils(shape))
+    inverse, weight = SenseInverse(operator, degree=14), 0.05
+    largest = float(operator.maps.abs().square().sum(0).max())
+    y = torch.randn(operator.range_shape, dtype=C64)
+    expected = (1 + weight) * cg_sense(operator, y, weight * largest, iterations=200, tolerance=1e-8)
+    assert relative(inverse(y), expected) < 0.02
+    torch.testing.assert_close(inverse(2j * y), 2j * inverse(y))
+    alone = CartesianMRI(pattern(shape))
+    y = torch.randn(alone.range_shape, dtype=C64) * alone.mask
+    torch.testing.assert_close(SenseInverse(alone)(y), alone.H(y), rtol=1e-4, atol=1e-5)
+
+
 def test_coinciding_samples_share_their_area():
     once = np.array([[0, 0], [1, 0], [0, 1], [-1, 0], [0, -1], [0.9, 0.9], [-0.9, 0.8], [0.9, -0.9], [-0.9, -0.9]])
     twice = np.concatenate([once, once[:1]])
@@ -337,8 +354,13 @@ def test_errors():
         NonCartesianMRI(trajectory, maps, eps=1e-9)
     with pytest.raises(TypeError, match="needs a CartesianMRI or a NonCartesianMRI, got Fourier"):
         WeightedAdjoint(Fourier(EVEN))
-    with pytest.raises(ValueError, match="zero everywhere"):
-        WeightedAdjoint(CartesianMRI(full, 0 * maps))
+    with pytest.raises(TypeError, match="needs a CartesianMRI, got Fourier"):
+        SenseInverse(Fourier(EVEN))
+    for inverse in (WeightedAdjoint, SenseInverse):
+        with pytest.raises(ValueError, match="zero everywhere"):
+            inverse(CartesianMRI(full, 0 * maps))
+    with pytest.raises(ValueError, match="weight and degree must be positive"):
+        SenseInverse(CartesianMRI(full, maps), degree=0)
 
 
 @pytest.mark.gpu
