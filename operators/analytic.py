@@ -329,7 +329,8 @@ class SenseInverse(LinearOperator):
         if not (largest > 0).all():
             raise ValueError("the coil maps are zero everywhere")
         self.register_buffer("_largest", largest.double(), persistent=False)
-        self._series = chebinterpolate(lambda x: (1 + weight) / ((1 + x) / 2 + weight), degree).tolist()  # type: ignore[type-var]
+        series = chebinterpolate(lambda x: 1 / ((1 + x) / 2 + weight), degree)  # type: ignore[type-var]
+        self._series = (series / series.sum()).tolist()  # exactly 1 where all was measured
 
     def _unfold(self, x: Tensor) -> Tensor:
         """The series in 2 A.H A - 1 applied to x, by Clenshaw's recurrence."""
