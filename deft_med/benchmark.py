@@ -1,7 +1,8 @@
 """Compare methods on the same simulated scans: mean over subjects and their spread, as a table. Resumable per slice and method.
 
 METHODS is a list with commas: for CT fbp or fbp:WINDOW[:CUTOFF], tv or tv:WEIGHT; for MR (a protocol with a pattern) zero-filled,
-cg-sense, wavelet, tv; supervised:DIR (a training's folder); deft:mean,
+cg-sense, wavelet, tv; supervised:DIR (a training's folder); without training dps, pigdm, dds, ddnm, diffpir, red-diff, reconstruction,
+each as NAME[:K][:steps=N][:SETTING=VALUE] (mean of K samples, one by default; deft_med/guidance.py says the settings); deft:mean,
 deft:sample, deft:K (mean of K samples), with the data-consistency steps that the card says; deft+dc:... with four of them, deft-dc:...
 without. --eta, --trust and --mirrored replace the card's, for tuning. Tune on tune subjects, report on val subjects.
 """
@@ -133,6 +134,10 @@ class Bench:
 
             weights = Path(detail) / "best.safetensors"
             return {"model": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None}
+        from deft_med.guidance import METHODS
+
+        if name in METHODS:
+            return {"model": self._model().card.sha256["prior.safetensors"]}
         if not name.startswith("deft"):
             return {}
         card = self._model().card
@@ -161,6 +166,7 @@ class Bench:
                 yield {"method": method, **values, "chi2": float(likelihood.chi2(image)[0]), **times, **extra}
 
     def _run(self, method: str, problem, kept: dict):
+        from deft_med.guidance import METHODS
         from deft_med.pipeline import draw_posterior
         from deft_med.problem import TV_WEIGHT, total_variation
 
@@ -178,6 +184,8 @@ class Bench:
         if name == "supervised":
             config, module = self._supervised(detail)
             return module(self._filtered(likelihood, config.filter) if config.modality == "CT" else likelihood), {}
+        if name in METHODS:
+            return self._guided(name, detail, likelihood)
         if name not in ("deft", "deft-dc", "deft+dc"):
             from deft_med.errors import UsageError
 
@@ -199,6 +207,29 @@ class Bench:
         spread = {"std": float(samples.std(0).square().mean().sqrt()) if count > 1 else None}
         return samples.mean(0, keepdim=True), {"nfe": 1 + count * (self.arguments.steps - 1), "seconds": count * each[0],
                                                "cpu_seconds": count * each[1], **spread}
+
+    def _guided(self, name: str, detail: str, likelihood):
+        """A method without training, on the model's prior."""
+        from deft_med.errors import UsageError
+        from deft_med.guidance import METHODS, sample_with
+        from deft_med.simulate import slice_generator
+
+        count = 1
+        settings: dict[str, Any] = {}
+        try:
+            for part in filter(None, detail.split(":")):
+                key, is_setting, value = part.partition("=")
+                if is_setting:
+                    settings[key] = float(value)
+                else:
+                    count = int(part)
+            steps = int(settings.pop("steps", METHODS[name].steps))
+            samples = sample_with(name, self._model().deft.prior, likelihood, steps=steps, **settings,
+                                  generators=[slice_generator(self.arguments.seed, 0, k, purpose="sample") for k in range(count)])
+        except ValueError as error:
+            raise UsageError(f"method {name}:{detail}: {error}") from error
+        spread = float(samples.std(0).square().mean().sqrt()) if count > 1 else None
+        return samples.mean(0, keepdim=True), {"nfe": count * steps, "std": spread}
 
     @staticmethod
     def _filtered(likelihood, window: str, cutoff: float = 1.0):

@@ -25,6 +25,7 @@ METHODS = {"CT": ("deft", "fbp", "tv"), "MR": ("deft", "zero-filled", "cg-sense"
 ESTIMATES = ("average", "mean", "sample")
 UNITS = {"CT": "HU", "MR": "a.u."}
 STEPS, SAMPLES = 20, 8
+DOUBTFUL = 2.0  # chi2 from which a result is shown with a warning
 START = 3.0  # noise level around the posterior mean where samples start: far above the posterior's own spread
 
 
@@ -122,8 +123,12 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
         with clock("quality"):
             measure = {"CT": metrics.ct_metrics, "MR": metrics.mr_metrics}[scan.modality]
             measured = {name: measure(v.data, scan.reference.data) for name, v in {method: volume, **volumes}.items()}
-    provenance = {"method": method, "estimate": estimate, "steps": steps if method == "deft" else None, "samples": count, "seed": seed,
-                  "device": place.type, "protocol": scan.protocol, "noise": scan.noise_is}
+    misfit = sum(chi2.get("samples", chi2["mean"])) / slices
+    if misfit > DOUBTFUL:
+        warnings.append(f"chi2 is {misfit:.1f} where 1 is expected: what {method} shows contradicts the measurements, or their noise, "
+                        "coil maps or geometry are not what was assumed")
+    drawn_by = {"estimate": estimate, "steps": 1 if estimate == "mean" else steps, "samples": count} if method == "deft" else {}
+    provenance = {"method": method, **drawn_by, "seed": seed, "device": place.type, "protocol": scan.protocol, "noise": scan.noise_is}
     return Reconstruction(
         volume=volume, std=std, beside=volumes or {method: volume}, reference=scan.reference, method=method, estimate=estimate,
         samples=count, steps=1 if estimate == "mean" else steps, metrics=measured, timing=clock.seconds, provenance=provenance,

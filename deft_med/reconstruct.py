@@ -33,9 +33,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=int, metavar="K", help="samples to average (default: 8)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: one per core)")
     p.add_argument("--format", choices=["dicom", "nifti", "both"], help="default: dicom for a DICOM input, else nifti")
     p.add_argument("--modality", choices=["CT", "MR"], help="what a NIfTI file holds, where its values do not tell")
-    p.add_argument("--cross-check", action="store_true", help="also predict 5 %% of the measurements from the others, by every method")
+    p.add_argument("--cross-check", action="store_true",
+                   help="also predict 5 %% of the measurements from the others, by every method that is shown")
     p.add_argument("--overwrite", action="store_true", help="replace the output of an earlier run")
     p.add_argument("--allow-lossy", action="store_true", help="accept a source that went through lossy compression; recorded")
     p.add_argument("--out-of-scope-ok", action="store_true", help="run a scan that the model's card does not cover; recorded")
@@ -90,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if (arguments.input is None) == (arguments.example is None):
         raise UsageError("give one INPUT (DICOM file or folder, NIfTI, sinogram.npz, k-space .h5 or .npy) or --example; --help says more")
-    for name in ("steps", "samples"):
+    for name in ("steps", "samples", "threads"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UsageError(f"--{name} is at least 1, got {getattr(arguments, name)}")
     if arguments.device not in ("auto", "cpu") and not arguments.device.startswith("cuda"):
@@ -110,6 +112,10 @@ def run(arguments: argparse.Namespace) -> None:
     wanted = arguments.format or ("dicom" if source.kind == "dicom" else "nifti")
     if wanted != "nifti" and source.kind != "dicom" and not (source.modality == "MR" and source.placed):
         raise UsageError("DICOM output wants a DICOM input, whose patient and study it copies: say --format nifti")
+    from deft_med.pipeline import METHODS, SAMPLES, STEPS, reconstruct
+
+    if arguments.method not in METHODS[source.modality]:
+        raise UsageError(f"method {arguments.method} is not for {source.modality}: choose one of {', '.join(METHODS[source.modality])}")
     protocol = protocol_of(arguments.protocol or DEFAULTS[source.modality][0])
     if source.scan is None:
         if protocol.modality != source.modality:
@@ -120,11 +126,14 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         say(f"{source.describe()}: measurements")
 
+    import torch
+
     from deft_med import bundle
-    from deft_med.pipeline import SAMPLES, STEPS, reconstruct
     from deft_med.problem import with_known_noise
     from deft_med.simulate import simulate
 
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
     scan = with_known_noise(source.scan or simulate(source.volume, protocol, seed=arguments.seed))  # type: ignore[arg-type]
     model, flags = None, []
     if arguments.method == "deft":
@@ -141,6 +150,7 @@ def run(arguments: argparse.Namespace) -> None:
                              "or say --out-of-scope-ok to run it marked")
         for flag in flags:
             say(f"out of scope: {flag}")
+    say(f"reconstructing {len(scan.y)} slice{'s' * (len(scan.y) > 1)} by {arguments.method}")
     bar = _Bar(enabled=not arguments.quiet and sys.stderr.isatty())
     result = reconstruct(
         scan, model, method=arguments.method, estimate=arguments.estimate, seed=arguments.seed, device=arguments.device, progress=bar,
@@ -230,9 +240,18 @@ def summary(result, out: str) -> str:
     parts = [f"{result.method} {result.estimate if result.method == 'deft' else ''}".strip()]
     psnr = {name: measured["mean"]["psnr"] for name, measured in result.metrics.items()}
     if psnr and None not in psnr.values():
-        parts.append(f"PSNR {psnr[result.method]:.2f} dB ({BASELINES[result.baseline]} {psnr[result.baseline]:.2f})")
+        parts.append(f"PSNR {psnr[result.method]:.2f} dB{_beside(result, psnr, '.2f')}")
+    if result.cross_check:
+        missed = {name: 100 * found["error"] for name, found in result.cross_check["methods"].items()}
+        parts.append(f"held-out error {missed[result.method]:.1f} %{_beside(result, missed, '.1f')}")
     parts.append(f"chi2 {result.chi2.get('samples', result.chi2['mean']):.3f}")
     return f"done in {sum(result.timing.values()):.1f} s: {', '.join(parts)}; open {out}/report.html"
+
+
+def _beside(result, values: dict, form: str) -> str:
+    """The same of the baseline, unless that is what was asked for."""
+    name = result.baseline
+    return "" if name == result.method else f" ({BASELINES[name]} {values[name]:{form}})"
 
 
 class _Bar:

@@ -75,6 +75,8 @@ def test_an_earlier_run_is_replaced_only_when_told(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(("arguments", "code", "word"), [
+    (["--example", "ct", "--method", "wavelet"], 2, "not for CT: choose one of deft, fbp, tv"),
+    (["--example", "ct", "--threads", "0"], 2, "--threads is at least 1"),
     ([], 2, "give one INPUT"),
     (["--example", "ct", "also.dcm"], 2, "give one INPUT"),
     (["--example", "ct", "--protocol", "nonsense"], 2, "ct_sparse60"),
@@ -118,6 +120,16 @@ def test_nothing_is_left_when_publishing_fails(tmp_path: Path) -> None:
         (folder / "run.json").write_text("[]")
     assert (tmp_path / "out" / "run.json").read_text() == "[]"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_phantom_with_a_cross_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert main(["--example", "mr", "--method", "cg-sense", "--cross-check", "--out", str(out)]) == 0
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert "held-out error" in last and "(zero-filled" in last and "nothing" not in last
+    provenance = json.loads((out / "run.json").read_text())["provenance"]
+    assert provenance["method"] == "cg-sense" and "samples" not in provenance
+    assert set(json.loads((out / "run.json").read_text())["cross_check"]["methods"]) == {"zero-filled", "cg-sense"}
 
 
 @pytest.mark.slow

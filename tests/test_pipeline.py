@@ -1,5 +1,7 @@
 """The walk of one scan, with a small untrained model: seeds, batches, estimates, what it needs and what it refuses."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,12 @@ def test_classical_methods_need_no_model() -> None:
     assert tv.chi2["reference"] == pytest.approx(1, abs=0.15)
     inside = (slice(None), slice(20, 24), slice(12, 18))
     assert tv.volume.data[inside].mean() == pytest.approx(40, abs=15)
+
+
+def test_what_contradicts_the_measurements_is_said() -> None:
+    made = simulate(head(1), PROTOCOL)
+    found = [reconstruct(dataclasses.replace(made, noise=factor * made.noise), method="fbp").warnings for factor in (0.2, 3)]
+    assert "contradicts the measurements" in found[0][0] and not found[1]
 
 
 def test_a_scan_out_of_plain_numpy_and_noise_from_the_data(model: Model) -> None:

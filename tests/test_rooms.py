@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "prior": {"schedule", "network", "intensity", "errors"},
     "likelihood": FOUNDATION | {"intensity", "schedule"},
     "htransform": FOUNDATION | {"schedule", "network", "prior", "likelihood"},
-    "guidance": FOUNDATION | {"schedule", "prior", "likelihood"},
+    "guidance": FOUNDATION | {"schedule", "prior", "likelihood", "sample"},
     "amortised": FOUNDATION | {"schedule", "network", "prior", "likelihood"},
     "finetune": FOUNDATION | {"schedule", "network", "prior", "likelihood", "htransform", "sample"},
     # edges: files here, no networks

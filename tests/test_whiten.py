@@ -13,12 +13,12 @@ from operators.noise import gaussian
 from operators.whiten import (
     NoiseLevel,
     covariance,
-    edge_noise,
+    edges,
     level,
-    level_from_edges,
     level_from_noise,
     level_from_periphery,
     whiten,
+    whitener,
 )
 
 SHAPE = (115, 90)
@@ -61,27 +61,63 @@ def test_a_noise_scan():
     assert found.sigma == pytest.approx(0.02, rel=0.01) and math.isnan(found.cross_check)
 
 
+def beside(axis, image=(96, 90), wide=2.0, shift=0, coils=8):
+    """Noiseless k-space (coils, ky, kx), undersampled, of a head in a field of view that is ``wide`` times as long along the readout."""
+    shape, image = list(image), list(image)
+    shape[axis] = round(wide * image[axis])
+    whole = torch.zeros(coils, *shape, dtype=torch.complex64)
+    middle = [slice(w // 2 - n // 2, w // 2 - n // 2 + n) for w, n in zip(shape, image)]
+    whole[:, middle[0], middle[1]] = (head(image) * ring(coils, image)).to(torch.complex64)
+    mask = equispaced(shape) if axis == 0 else equispaced(shape[::-1]).T
+    return fourier(whole.roll(shift, axis + 1)) * mask, mask
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("sigma", [0.005, 0.05])
-def test_the_edges_of_an_oversampled_readout(axis, sigma):
-    wide, image = [96, 90], [96, 90]
-    wide[axis] *= 2
-    whole = torch.zeros(8, *wide, dtype=torch.complex64)
-    middle = [slice(w // 2 - n // 2, w // 2 - n // 2 + n) for w, n in zip(wide, image)]
-    whole[:, middle[0], middle[1]] = (head(image) * ring(8, image)).to(torch.complex64)
-    mask = equispaced(wide) if axis == 0 else equispaced(wide[::-1]).T
-    k = gaussian(fourier(whole), sigma, generator=generator()) * mask
-    found = level_from_edges(k, mask, axis)
-    assert found.how == "edges" and not found.upper_bound
-    assert found.sigma == pytest.approx(sigma, rel=0.03) and found.cross_check == pytest.approx(1, rel=0.05)
-    cov = covariance(edge_noise(k, mask, axis))
-    torch.testing.assert_close(cov, sigma**2 * torch.eye(8, dtype=torch.complex64), rtol=0, atol=0.1 * sigma**2)
+@pytest.mark.parametrize("wide", [1.4, 2.0, 3.0])
+def test_the_ends_of_an_oversampled_readout(axis, sigma, wide):
+    k, mask = beside(axis, wide=wide)
+    found = edges(gaussian(k, sigma, generator=generator()) * mask, mask, axis, inside=(96, 90)[axis])
+    assert not found.signal and found.samples > 500
+    assert float(found.covariance.diagonal().real.mean()) ** 0.5 == pytest.approx(sigma, rel=0.02)
+    torch.testing.assert_close(found.covariance, sigma**2 * torch.eye(8, dtype=torch.complex128), rtol=0, atol=0.15 * sigma**2)
+    for unit_of_k in (1e-25, 1e25):  # squares that float32 does not hold
+        again = edges(gaussian(k, sigma, generator=generator()) * mask * unit_of_k, mask, axis, inside=(96, 90)[axis])
+        assert not again.signal
+        torch.testing.assert_close(again.covariance / unit_of_k**2, found.covariance, rtol=1e-4, atol=1e-4 * sigma**2)
 
 
-def test_an_object_in_the_edges_makes_them_an_upper_bound():
-    mask = equispaced(SHAPE)
-    found = level_from_edges(scan(SHAPE, mask, 8, 0.005), mask, 0)
-    assert found.upper_bound and found.cross_check < 0.9 and found.sigma > 0.005
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_of_unlike_coils_is_not_taken_for_signal(seed):
+    k, mask = beside(0, coils=5)
+    mixed = torch.einsum("dc,cyx->dyx", MIX, unit(*k.shape, seed=seed)) * 0.01
+    found = edges(k + mixed * mask, mask, 0)
+    assert not found.signal
+    white = covariance(whiten(mixed[:, mask], found.covariance))
+    torch.testing.assert_close(white, torch.eye(5, dtype=torch.complex64), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("shift", [30, 48, 96])  # partly in one end, folded over into both, and all of it in the ends
+def test_an_object_in_the_ends_is_seen(shift):
+    k, mask = beside(0, shift=shift)
+    assert edges(gaussian(k, 0.005, generator=generator()) * mask, mask, 0).signal
+    assert edges(scan(SHAPE, equispaced(SHAPE), 8, 0.005), equispaced(SHAPE), 0).signal  # no oversampling at all
+    assert edges(gaussian(k, 0.3, generator=generator()) * mask, mask, 0).signal == (shift > 30)  # faint: by the lines about k = 0
+
+
+def test_signal_in_one_quiet_coil_is_seen_and_a_dead_coil_is_none():
+    k, mask = beside(0)
+    k = gaussian(k, 1.0, generator=generator()) * mask * torch.tensor([1.0] * 7 + [0.01])[:, None, None]
+    assert not edges(k, mask, 0).signal
+    k[7] += 0.5 * beside(0, shift=48)[0][7]
+    assert edges(k, mask, 0).signal
+    k[7] = 0
+    assert not edges(k, mask, 0).signal
+    with pytest.raises(ValueError, match="a dead or doubled coil"):
+        whitener(edges(k, mask, 0).covariance)
+    k[7] = k[0] + k[1]
+    with pytest.raises(ValueError, match="a dead or doubled coil"):
+        whitener(edges(k, mask, 0).covariance)
 
 
 @pytest.mark.parametrize("sigma", [0.001, 0.005, 0.02, 0.08])
@@ -135,9 +171,13 @@ def test_noise_is_checked():
     with pytest.raises(ValueError, match="not Hermitian and positive definite"):
         whiten(k, torch.eye(4) + torch.triu(torch.ones(4, 4), 1) / 9)
     with pytest.raises(ValueError, match=r"the readout axis is 0 \(ky\) or 1 \(kx\)"):
-        edge_noise(k, mask, 2)
+        edges(k, mask, 2)
     with pytest.raises(ValueError, match="no readout was sampled from end to end"):
-        level_from_edges(k, scattered((16, 16), 4), 0)
+        edges(k, scattered((16, 16), 4), 0)
+    with pytest.raises(ValueError, match="all but 2 of 16 samples"):
+        edges(k, mask, 0, 14)
+    with pytest.raises(ValueError, match=r"is \(coil, coil\), got \(4,\)"):
+        whitener(torch.ones(4))
     with pytest.raises(ValueError, match=r"k-space is complex \(coil, ky, kx\)"):
         level(k.real, mask)
     with pytest.raises(ValueError, match=r"boolean \(16, 16\), got torch.int64"):

@@ -7,8 +7,9 @@ only numbers and the words listed here are taken. Arrays are (..., readout, phas
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,11 +18,21 @@ from numpy.typing import NDArray
 from deft_med.errors import CorruptError, UnsupportedError
 from deft_med.volume import central
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from operators.whiten import Edges
+
+Mixture = NDArray[np.complex128]  # (C, C): new coils out of old ones
+
 LONGEST_XML = 2**22
 BIGGEST_SIDE = 8192
 TRAJECTORIES = ("cartesian", "epi", "radial", "goldenangle", "spiral", "other")
 CALIBRATIONS = ("embedded", "interleaved", "separate", "external", "other")
 SAME_PIXEL = 0.02  # pixel sizes of the two spaces that differ by less are one
+NARROWEST = 4  # samples on either side of the picture: with fewer there is no air to speak of
+ENOUGH = 100  # samples of noise for each coil: whitening by their covariance loses 1 % of the signal to noise
+CENTRE = 24  # of k-space along both axes: coil maps are smooth and fit in
 NO_NOISE = 1e-7  # of the largest sample: float32 rounding, as in simulated data without noise
 
 
@@ -135,20 +146,93 @@ def narrow(y: NDArray[np.complex64], rows: int) -> NDArray[np.complex64]:
     return np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image, -2), axis=-2, norm="ortho"), -2).astype(np.complex64)
 
 
-def edge_noise(y: NDArray[np.complex64], mask: NDArray[np.bool_], rows: int) -> float | None:
-    """sigma per real component of one slice (coil, readout, phase) from the outer half of a field of view that is read twice as wide.
+def edges(y: NDArray[np.complex64], columns: NDArray[np.bool_], rows: int) -> Edges | None:
+    """The noise of one slice (coil, readout, phase) in what a wide readout sees beside the ``rows`` of the picture.
 
-    None where the readout is not twice ``rows``, where signal reaches into the edges, or where there is nothing but rounding.
+    None where the readout is hardly wider than those, where there are fewer samples than coils, or nothing but rounding.
     """
-    if y.shape[-2] < 2 * rows or y.shape[-2] < 16 or not mask.all(0).any():
+    if y.shape[-2] < rows + 2 * NARROWEST or not columns.any():
         return None
     import torch
 
-    from operators.whiten import level_from_edges
+    from operators import whiten
 
-    level = level_from_edges(torch.from_numpy(np.ascontiguousarray(y)), torch.from_numpy(np.ascontiguousarray(mask)), 0)
+    mask = np.ascontiguousarray(np.broadcast_to(columns, y.shape[-2:]))
+    try:
+        found = whiten.edges(torch.from_numpy(np.ascontiguousarray(y)), torch.from_numpy(mask), 0, rows)
+    except ValueError:
+        return None
     rounding = NO_NOISE * float(np.abs(y).max())
-    return None if level.upper_bound or not level.sigma > rounding else level.sigma
+    return found if float(found.covariance.diagonal().real.mean()) > rounding**2 else None
+
+
+def from_edges(slices: Sequence[Edges | None], notes: list[str]) -> tuple[Mixture | None, float | None]:
+    """How to whiten the coils by the `edges` of the slices, or else their mean sigma per real component, or neither; with a note.
+
+    The noise of a scan is one, so all slices whose edges hold noise alone count together. Nothing is whitened by a covariance of so
+    few samples that its own error would cost more than a hundredth of the signal to noise, nor by one with a dead or doubled coil.
+    """
+    seen = [one for one in slices if one is not None]
+    if not seen:
+        return None, None
+    clean = [one for one in seen if not one.signal]
+    if not clean:
+        notes.append("signal reaches into the edges of the readout, so the noise is not known from them: coils not whitened")
+        return None, None
+    import torch
+
+    samples = sum(one.samples for one in clean)
+    covariance = torch.stack([one.covariance * (one.samples / samples) for one in clean]).sum(0)
+    coils = len(covariance)
+    matrix = None if coils == 1 else mixture(covariance, samples)
+    if matrix is not None:
+        notes.append("whitened by the noise in the edges of the readout")
+        return matrix, None
+    why = "" if coils == 1 else ": too few samples, or a dead coil: not whitened"
+    notes.append(f"noise level from the edges of the readout{why}")
+    return None, math.sqrt(float(covariance.diagonal().real.mean()))
+
+
+def mixture(covariance: Tensor, samples: int) -> Mixture | None:
+    """The mixture (C, C) of the coils that whitens noise of this covariance; None where it is of too few samples or singular."""
+    from operators import whiten
+
+    if samples < ENOUGH * len(covariance):
+        return None
+    try:
+        return whiten.whitener(covariance).numpy()
+    except ValueError:
+        return None
+
+
+def whiten(y: NDArray[np.complex64], matrix: Mixture) -> float:
+    """Mixes the coils of y [slice, coil, ...] in place, so that their noise is independent and of one sigma, which is returned.
+
+    `mixture` makes that sigma 1 per real component. Then all of y gets the one factor that gives it its energy back, and sigma is this
+    factor: pictures keep the file's brightness, whatever its unit is, and coils that were alike stay as they were.
+    """
+    energy = lambda image: float(np.square(np.abs(image), dtype=np.float64).sum())
+    before = after = 0.0
+    for index, image in enumerate(y):
+        before += energy(image)
+        y[index] = np.einsum("dc,c...->d...", matrix, image, optimize=True)
+        after += energy(y[index])
+    gain = math.sqrt(before / after)
+    y *= np.float32(gain)
+    return gain
+
+
+def brightness(y: NDArray[np.complex64]) -> NDArray[np.float32]:
+    """[slice, row, column]: root of the sum of squares over the coils, of images of k-space's centre [slice, coil, ky, kx]."""
+    height, width = y.shape[-2:]
+    window = np.zeros((height, width), np.float32)
+    part = min(CENTRE, height), min(CENTRE, width)
+    central(window, part)[:] = np.outer(*(np.hanning(n + 2)[1:-1] for n in part))
+    found = np.empty((len(y), height, width), np.float32)
+    for index, image in enumerate(y):
+        coils = np.fft.fftshift(np.fft.ifft2(np.fft.ifftshift(image * window, (-2, -1))), (-2, -1))
+        found[index] = np.sqrt(np.square(np.abs(coils)).sum(0))
+    return found
 
 
 def _name(element: ElementTree.Element) -> str:

@@ -1,9 +1,9 @@
 """ISMRMRD / MRD (github.com/ismrmrd): readouts with a header each, put on a Cartesian grid [slice, coil, readout, phase].
 
-Rows are the readout and columns the phase encoding, as in fastMRI. Noise readouts whiten the coils (unit sigma per real component);
-calibration readouts join the grid where no imaging readout lies and the header calls them embedded or interleaved, or says nothing;
-what is measured twice is averaged. The image's row index grows along read_dir and its column index along phase_dir, and pixel
-(ny // 2, nx // 2) of a slice lies at its position (LPS mm), as Gadgetron places it.
+Rows are the readout and columns the phase encoding, as in fastMRI. Noise readouts whiten the coils or, without them, the noise in the
+edges of the readout; calibration readouts join the grid where no imaging readout lies and the header calls them embedded or
+interleaved, or says nothing; what is measured twice is averaged. The image's row index grows along read_dir and its column index along
+phase_dir, and pixel (ny // 2, nx // 2) of a slice lies at its position (LPS mm), as Gadgetron places it.
 """
 
 from __future__ import annotations
@@ -66,23 +66,23 @@ def read(group: h5py.Group, *, digest: str, max_bytes: int) -> Source:
     if not whole:
         notes.append("readouts not sampled from end to end (asymmetric echo): their oversampling stays")
     np.divide(y, counts[:, None], out=y, where=mask[:, None])
-    noise = _whiten(y, stored, heads, noise_scan, chosen, header, notes)
-    if noise:
-        level = np.where(mask, counts, 1)[:, None] ** -0.5  # averages are quieter
-        noise_of_y = (level.min(2, keepdims=True) if whole else level).astype(np.float32)
-    else:
-        levels = [encoding.edge_noise(image, mask[0], plan.rows) for image in y] if counts.max() == 1 else [None]
-        noise_of_y = None if None in levels else np.array(levels, np.float32)[:, None, None, None]
-        notes += [] if noise_of_y is None else ["noise level from the edges of the readout"]
+    matrix, sigma = _noise_scan(stored, heads, noise_scan, chosen, header, notes), None
+    if matrix is None and whole:  # as one readout saw it: averages are quieter
+        single = (y[k] * np.sqrt(counts[k], dtype=np.float32) for k in range(len(y)))
+        matrix, sigma = encoding.from_edges([encoding.edges(image, mask[0].any(0), plan.rows) for image in single], notes)
     if whole:
         y = np.stack([encoding.narrow(image, plan.rows) for image in y])
-        sampled = np.broadcast_to(mask[0].any(0), (plan.rows, mask.shape[2]))
-    else:
-        sampled = mask[0]
+    sampled = np.broadcast_to(mask[0].any(0), (plan.rows, mask.shape[2])) if whole else mask[0]
+    if matrix is not None:
+        sigma = encoding.whiten(y, matrix)
+    noise = None
+    if sigma is not None:
+        level = sigma * np.where(mask, counts, 1)[:, None] ** -0.5
+        noise = (level.min(2, keepdims=True) if whole else level).astype(np.float32)
     grid = Grid(shape=(plan.rows, mask.shape[2]), spacing=plan.spacing or (1.0, 1.0))
     affine = affine_of(grid) if plan.spacing is not None else None
     try:
-        scan = Scan(y, Cartesian.of(sampled), grid, noise_of_y, affine=affine, crop=plan.crop)
+        scan = Scan(y, Cartesian.of(sampled), grid, noise, affine=affine, crop=plan.crop)
     except ValueError as error:
         raise UnsupportedError(f"the ISMRMRD file does not fit together: {error}") from None  # our own words: fields and numbers
     return Source("mrd", scan=scan, digest=digest, notes=tuple(notes), placed=affine is not None, sized=plan.spacing is not None)
@@ -184,15 +184,14 @@ def _readouts(stored: h5py.Dataset, heads: Heads, wanted: NDArray[np.intp]) -> I
             yield int(index), data
 
 
-def _whiten(
-    y: NDArray[np.complex64], stored: h5py.Dataset, heads: Heads, noise_scan: NDArray[np.intp], chosen: NDArray[np.intp],
-    header: encoding.Header, notes: list[str],
-) -> bool:  # fmt: skip
-    """Whitens ``y`` in place by the noise readouts, to sigma 1 per real component; False without a usable noise scan."""
-    alike = noise_scan[heads["active_channels"][noise_scan] == y.shape[1]]
+def _noise_scan(
+    stored: h5py.Dataset, heads: Heads, noise_scan: NDArray[np.intp], chosen: NDArray[np.intp], header: encoding.Header, notes: list[str]
+) -> encoding.Mixture | None:
+    """How to whiten the coils by the noise readouts, to sigma 1 per real component; None without a usable noise scan."""
+    alike = noise_scan[heads["active_channels"][noise_scan] == heads["active_channels"][chosen[0]]]
     if not len(alike):
         notes += ["noise readouts with another number of coils passed over"] if len(noise_scan) else []
-        return False
+        return None
     import torch
 
     from operators import whiten
@@ -201,15 +200,10 @@ def _whiten(
     # noise power goes with the bandwidth: a longer dwell in the noise scan means less of it
     dwell = float(heads["sample_time_us"][alike[0]]), float(heads["sample_time_us"][chosen[0]])
     scale = dwell[0] / dwell[1] / header.bandwidth if min(dwell) > 0 else 1.0
-    try:
-        covariance = whiten.covariance(torch.from_numpy(noise)) * scale
-        for index, image in enumerate(y):
-            y[index] = whiten.whiten(torch.from_numpy(image), covariance).numpy()
-    except ValueError:
-        notes.append("the noise readouts give no covariance (too few, or a dead coil): not whitened")
-        return False
-    notes.append("whitened by the noise readouts")
-    return True
+    enough = noise.shape[1] >= len(noise)
+    matrix = encoding.mixture(whiten.covariance(torch.from_numpy(noise)) * scale, noise.shape[1]) if enough else None
+    notes.append("the noise readouts give no covariance (too few, or a dead coil)" if matrix is None else "whitened by the noise readouts")
+    return matrix
 
 
 Place = Callable[[Grid], NDArray[np.float64] | None]
