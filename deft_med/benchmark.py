@@ -133,7 +133,8 @@ class Bench:
             from pathlib import Path
 
             weights = Path(detail) / "best.safetensors"
-            return {"model": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None}
+            fed = self._supervised(detail)[0]
+            return {"model": hashlib.sha256(weights.read_bytes()).hexdigest(), "fed": [fed.filter, fed.inverse]}
         from deft_med.guidance import METHODS
 
         if name in METHODS:
@@ -169,6 +170,7 @@ class Bench:
         from deft_med.guidance import METHODS
         from deft_med.pipeline import draw_posterior
         from deft_med.problem import TV_WEIGHT, total_variation
+        from operators.analytic import approximate_inverse
 
         likelihood = problem.likelihood
         name, _, detail = method.partition(":")
@@ -183,7 +185,10 @@ class Bench:
             return image, {"converged": record.converged, "gap": float(record.gap.max()), "iterations": record.iterations}
         if name == "supervised":
             config, module = self._supervised(detail)
-            return module(self._filtered(likelihood, config.filter) if config.modality == "CT" else likelihood), {}
+            if config.modality == "CT":
+                return module(self._filtered(likelihood, config.filter)), {}
+            encoding, channels = likelihood.forward.operator.left, likelihood.forward.operator.right
+            return module(likelihood.inverted_by(channels.H @ approximate_inverse(encoding, config.inverse))), {}
         if name in METHODS:
             return self._guided(name, detail, likelihood)
         if name not in ("deft", "deft-dc", "deft+dc"):
@@ -224,6 +229,8 @@ class Bench:
                 else:
                     count = int(part)
             steps = int(settings.pop("steps", METHODS[name].steps))
+            if "sd" in METHODS[name].settings:
+                settings.setdefault("sd", self._model().deft.prior.sd)
             samples = sample_with(name, self._model().deft.prior, likelihood, steps=steps, **settings,
                                   generators=[slice_generator(self.arguments.seed, 0, k, purpose="sample") for k in range(count)])
         except ValueError as error:

@@ -110,8 +110,8 @@ class KSpaceRanges:
 class KSpace:
     """Draws MR likelihoods for complex images (B, 2, n, n) of one size; every image has its own coil maps and noise."""
 
-    def __init__(self, size: int, ranges: KSpaceRanges, *, seed: int = 0) -> None:
-        self.size, self.ranges = size, ranges
+    def __init__(self, size: int, ranges: KSpaceRanges, *, inverse: str = "sense", seed: int = 0) -> None:
+        self.size, self.ranges, self.inverse = size, ranges, inverse
         generator = Generator().manual_seed(seed)
         self.patterns = [self._pattern(k, generator) for k in range(ranges.patterns)]
 
@@ -141,7 +141,7 @@ class KSpace:
         y = gaussian(lines, deviation, generator=generator)
         if isinstance(pattern, Cartesian):
             y = y * torch.from_numpy(pattern.mask)
-        return Gaussian(Affine(physics @ channels, 1.0, 0.0), y, deviation, channels.H @ approximate_inverse(physics),
+        return Gaussian(Affine(physics @ channels, 1.0, 0.0), y, deviation, channels.H @ approximate_inverse(physics, self.inverse),
                         count=2 * maps.shape[1] * pattern.samples, ratio=1 / pattern.acceleration)
 
     def draw(self, u: Tensor, pixel: Tensor, generator: Generator) -> Gaussian:

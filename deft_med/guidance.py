@@ -52,7 +52,7 @@ def _pull(denoiser: Denoiser, x: Tensor, sigma: Tensor, direction: Callable[[Ten
         return d.detach(), torch.autograd.grad(d, x, direction(d.detach()))[0]
 
 
-def sharpness(likelihood: Data, iterations: int = 20) -> Tensor:
+def sharpness(likelihood: Data, iterations: int = 50) -> Tensor:
     """|A / s|^2 (B,): the largest curvature of misfit / 2, by power iteration at one fixed image where A is not linear."""
     noise = torch.randn(2, 1, *likelihood.shape, generator=Generator().manual_seed(0), dtype=torch.float64)
     u, v = noise.to(likelihood.y.device, likelihood.y.real.dtype).expand(2, len(likelihood.y), *likelihood.shape)
@@ -122,8 +122,8 @@ def ddnm(denoiser: Denoiser, likelihood: Gaussian, *, iterations: int = 5, toler
     """Null-space projection: D' = D + L A^+ (y - A D), so h = L A^+ (y - A D) / sigma^2: the data rule the range, D the null space.
 
     A^+ is ``iterations`` of CG from zero on the whitened normal equations, stopped early for noise: B = FBP is no pseudo-inverse.
-    L = min(1, sigma / |A^+ n|) as in DDNM+, |.| the root mean square over pixels: below the noise that A^+ propagates the data are
-    trusted less. Wang et al. 2023 (arXiv 2212.00490); its smaller renoising is left to the sampler's eta. With a
+    L = min(1, sigma / |A^+ n|), |.| the root mean square over pixels: below the noise that A^+ propagates the data are trusted less.
+    A simplified DDNM+ (Wang et al. 2023, arXiv 2212.00490), which compares with the noise of the coming step and lowers it. With a
     singular value decomposition L differs by singular value, as in DDRM (Kawar et al. 2022, arXiv 2201.11793); `dds` with r = sigma is
     that without one, softly.
     """

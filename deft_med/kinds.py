@@ -62,6 +62,7 @@ class Training:
     loss: str = "edm"  # or epsilon: the paper's uniform t and unweighted eps
     noisy: float = 0.0  # share of draws moved to the last decade of sigma
     sd: float = 0.5
+    inverse: str = "sense"  # MR: what a residual goes through, sense or adjoint
     filter: str = "shepp-logan"  # window of the backprojection that is fed: one that vanishes (hann) loses what was measured there
 
     def __post_init__(self) -> None:
@@ -69,6 +70,8 @@ class Training:
             raise ValueError(f"kind is one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.modality not in MODALITIES:
             raise ValueError(f"modality is one of {', '.join(MODALITIES)}, got {self.modality!r}")
+        if self.inverse not in ("sense", "adjoint"):
+            raise ValueError(f"inverse is sense or adjoint, got {self.inverse!r}")
         if self.loss not in ("edm", "epsilon"):
             raise ValueError(f"loss is edm or epsilon, got {self.loss!r}")
         if (self.kind == "htransform") != (self.prior is not None):
@@ -157,7 +160,7 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
 
 def _physics(config: Training, size: int, seed: int) -> Rays | KSpace:
     if config.modality == "MR":
-        return KSpace(size, config.kspace, seed=seed)
+        return KSpace(size, config.kspace, inverse=config.inverse, seed=seed)
     return Rays(size, config.acquisitions, filter=config.filter, seed=seed)
 
 

@@ -123,10 +123,13 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
         with clock("quality"):
             measure = {"CT": metrics.ct_metrics, "MR": metrics.mr_metrics}[scan.modality]
             measured = {name: measure(v.data, scan.reference.data) for name, v in {method: volume, **volumes}.items()}
-    misfit = sum(chi2.get("samples", chi2["mean"])) / slices
-    if misfit > DOUBTFUL:
-        warnings.append(f"chi2 is {misfit:.1f} where 1 is expected: what {method} shows contradicts the measurements, or their noise, "
-                        "coil maps or geometry are not what was assumed")
+    misfits = chi2.get("samples", chi2["mean"])
+    worst = max(range(slices), key=lambda k: max(misfits[k], 1 / max(misfits[k], 1e-9)) if "samples" in chi2 else misfits[k])
+    if misfits[worst] > DOUBTFUL:
+        warnings.append(f"slice {worst + 1}: chi2 is {misfits[worst]:.1f} where 1 is expected: what {method} shows contradicts the "
+                        "measurements, or their noise, coil maps or geometry are not what was assumed")
+    elif "samples" in chi2 and misfits[worst] < 1 / DOUBTFUL:
+        warnings.append(f"slice {worst + 1}: chi2 is {misfits[worst]:.2f} where 1 is expected: there is less noise than assumed")
     drawn_by = {"estimate": estimate, "steps": 1 if estimate == "mean" else steps, "samples": count} if method == "deft" else {}
     provenance = {"method": method, **drawn_by, "seed": seed, "device": place.type, "protocol": scan.protocol, "noise": scan.noise_is}
     return Reconstruction(

@@ -6,7 +6,9 @@ CT: u = HU / 1000, line integrals, filtered backprojection. MR: u = image / s as
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,7 +74,7 @@ def pose(scan: Scan, index: int = 0, *, window: Window | None = None, filter: st
 def with_known_noise(scan: Scan) -> Scan:
     """The scan itself or, where it does not know its noise, the same with an estimate from its data.
 
-    It is an upper bound where signal may be counted in it: in MR scans with one or two coils.
+    It is an upper bound where signal may be counted in it: in MR scans with one or two coils, along trajectories with up to four.
     """
     if scan.noise is not None:
         return scan
@@ -81,7 +83,13 @@ def with_known_noise(scan: Scan) -> Scan:
         return replace(scan, noise=estimate(torch.from_numpy(scan.y)).numpy(), noise_is=words)
     found = [whiten.level(*_calibration(y, scan)) for y in torch.from_numpy(scan.y)]
     sigma = np.array([level.sigma for level in found], np.float32) / _gain(scan)
-    if any(level.upper_bound for level in found):
+    few = False
+    if isinstance(scan.acquisition, Trajectory):
+        radius = np.linalg.norm(scan.acquisition.points, axis=1)
+        outermost = scan.y[..., radius >= np.quantile(radius, 0.9)]
+        sigma = np.minimum(sigma, np.sqrt(np.mean(np.abs(outermost) ** 2, axis=(1, 2)) / 2))
+        few = scan.y.shape[1] <= 4
+    if few or any(level.upper_bound for level in found):
         words += ", as an upper bound: it may count signal"
     return replace(scan, noise=sigma.reshape(-1, *[1] * (scan.y.ndim - 1)), noise_is=words)
 
@@ -115,10 +123,12 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, device: str | torch.de
     kspace, _, region = _calibration(y[0], scan)
     level = float(_measured(noise, scan).square().mean().sqrt())
     maps = coil_maps(kspace, region, level * _gain(scan)) if scan.maps is None else torch.from_numpy(scan.maps[index])
+    rss = torch.linalg.vector_norm(maps, dim=0)
+    maps = maps / torch.where(rss > 0, rss, 1.0)  # the networks' scale is the root sum of squares
     y, noise, maps = y.to(device), noise.to(device), maps.to(device)
     acquisition: Cartesian | Trajectory = scan.acquisition  # type: ignore[assignment]
     physics = encoding(acquisition, maps)
-    channels, scale = Complex(acquisition.shape), float(scale_of(kspace))
+    channels, scale = Complex(acquisition.shape), float(scale_of(kspace)) or 1.0
     likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ approximate_inverse(physics),
                           count=2 * len(maps) * acquisition.samples, ratio=1 / acquisition.acceleration)
 
@@ -146,13 +156,19 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, device: str | torch.de
 
 
 def coil_maps(kspace: Tensor, region: coils.Calibration, sigma: float = 0.0) -> Tensor:
-    """ESPIRiT maps of a k-space's calibration region or, where that is too small for its kernels, low-resolution ones."""
+    """ESPIRiT maps of a k-space's calibration region or, where that is too small or shows only noise, low-resolution ones."""
     if len(kspace) == 1:
         return torch.ones_like(kspace)
-    lines = min(coils.calibrate(kspace, region).shape[1:])
-    if lines < FEWEST:
-        return coils.low_resolution(kspace, region)
-    return coils.espirit(kspace, region, kernel=min(6, lines // 2), sigma=sigma, crop=SUPPORT)
+    if not kspace.any():
+        return torch.full_like(kspace, len(kspace) ** -0.5)
+    data = coils.calibrate(kspace, region)
+    lines = min(data.shape[1:])
+    if lines >= FEWEST and float(data.abs().amax()) > 2 * sigma * math.sqrt(2 * math.log(2 * data.numel())):
+        with contextlib.suppress(ValueError):  # nothing above the noise: an empty slice
+            maps = coils.espirit(kspace, region, kernel=min(6, lines // 2), sigma=sigma, crop=SUPPORT)
+            if maps.any():
+                return maps
+    return coils.low_resolution(kspace, region)
 
 
 def _calibration(y: Tensor, scan: Scan) -> tuple[Tensor, Tensor, coils.Calibration]:
@@ -171,7 +187,7 @@ def _calibration(y: Tensor, scan: Scan) -> tuple[Tensor, Tensor, coils.Calibrati
 
 def _gridded(y: Tensor, trajectory: Trajectory) -> Tensor:
     """Samples (C, M) as k-space (C, ky, kx): a fit, not the adjoint, whose centre is 1.5 % off, which coil maps would take over."""
-    return Fourier(trajectory.shape)(cg_sense(NonCartesianMRI(trajectory), y[:, None], 1e-3, iterations=8))
+    return Fourier(trajectory.shape)(cg_sense(NonCartesianMRI(trajectory), y[:, None], 1e-3, iterations=30))
 
 
 @functools.lru_cache(maxsize=8)

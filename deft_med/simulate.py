@@ -92,7 +92,8 @@ def _simulate_mr(volume: Volume, protocol: KSpaceProtocol, seed: int) -> Scan:
     """k-space of a magnitude image with a smooth phase, through smooth coils, with complex noise; coil maps are not handed on.
 
     A magnitude is no measurement: its own k-space was filtered, combined and interpolated by a scanner, and holds no phase. What is
-    reconstructed from it looks better than a real scan would (Shimron et al., PNAS 2022, "data crimes").
+    reconstructed from it looks better than a real scan would (Shimron et al., PNAS 2022, "data crimes"). The noise follows each slice's
+    own maximum, where a scanner's is one for all: faint end slices come out better than they would.
     """
     shape = reconstruction_grid(volume, protocol.grid)
     reference = volume.with_data(np.maximum(volume.data, 0)).resample_to(shape)

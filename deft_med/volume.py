@@ -117,7 +117,7 @@ class Scan:
         affine: float64 (4, 4), maps (column, row, slice, 1) of the grid to LPS mm; None where the place is not known.
         simulated: True where y was computed from an image.
         protocol: name of the simulated protocol, for the record.
-        maps: MR: coil maps, complex64 [slice, coil, row, column] on the grid, or None.
+        maps: MR: coil maps, complex64 [slice, coil, row, column] on the grid, brought to unit sum of squares in use, or None.
         mu_water: CT: attenuation of water at the scan's energy, 1/mm; None is 0.0192 (about 70 keV).
         crop: MR: (rows, columns) of the picture, the central part of the grid (`central`); None is all of it.
 
