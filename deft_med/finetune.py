@@ -1,0 +1,199 @@
+"""Zero-shot training of the h-transform: one measurement, no pairs (arXiv 2406.01781, proposition G.1 and appendix G.3).
+
+The reference process P is the prior's ancestral sampler on levels s_0 > s_1 > ... > s_n; the controlled process Q has D + u in the
+place of D, with u = sigma^2 h(x, D, g, sigma, ...). From level s to t both are Gaussian with the same variance,
+
+    x' = m(x, D + u) + t sqrt(a) z,     m(x, D) = D + (t / s)^2 (x - D),     a = 1 - (t / s)^2,
+
+and both end in x0 = D(x, s_n). On a path, with v = x' - m(x, D) the step taken beyond the prior's, the log-weight
+
+    L = ln dQ/dP - ln p(y | x0) = sum_k (u . v - a |u|^2 / 2) / t^2 - ln p(y | x0)
+
+is the same on all paths under the optimal h: -ln p(y), but for the grid. Three objectives have that h as their minimiser:
+
+    relative-entropy   E_Q[sum_k a |u|^2 / (2 t^2) - ln p(y | x0)] = KL(Q | posterior paths) - ln p(y)
+    vargrad            Var[L] over recorded paths of any process; here Q itself with its control stopped
+    balance            E[(L + ln Z)^2] over the same paths, ln Z learned along
+
+The last two need no gradient through D, A or the path; on Q's own paths their gradient is in expectation twice that of the first,
+but far noisier where Var[L] is large. All gradients here hold the graph of one step at a time.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from deft_med.likelihood import Gaussian
+from deft_med.sample import ddim, start
+from deft_med.schedule import Denoiser
+
+OBJECTIVES = ("vargrad", "balance", "relative-entropy")
+Control = Callable[..., Tensor]  # (x, D, g, sigma (B,), s_img (B,), log_ratio) -> sigma^2 h: an `HTransform` or what has its face
+
+
+@dataclass(frozen=True)
+class Paths:
+    """B recorded trajectories, without gradient: states x_0 ... x_n, and D, g = B(y - A D) and u at the first n of them."""
+
+    levels: Tensor
+    x: list[Tensor]
+    d: list[Tensor]
+    g: list[Tensor]
+    u: list[Tensor]
+    log_prob: Tensor
+    x0: Tensor
+    likelihood: Gaussian
+
+    def step(self, k: int) -> tuple[float, float, float]:
+        """s, t and a of step k."""
+        s, t = self.levels[k].item(), self.levels[k + 1].item()
+        return s, t, 1 - (t / s) ** 2
+
+    def control(self, h: Control, k: int) -> Tensor:
+        """u of step k under h, with its gradient."""
+        return h(self.x[k], self.d[k], self.g[k], _at(self.levels[k], self.x[k]), self.likelihood.s_img, self.likelihood.log_ratio)
+
+    def increment(self, k: int, u: Tensor) -> Tensor:
+        """Step k's share of ln dQ/dP (B,) for the control u: (u . v - a |u|^2 / 2) / t^2."""
+        s, t, a = self.step(k)
+        v = self.x[k + 1] - _mean(self.x[k], self.d[k], s, t)
+        return (u * (v - 0.5 * a * u)).flatten(1).sum(1) / t**2
+
+    def cost(self) -> Tensor:
+        """What each path paid (B,): sum_k a |u|^2 / (2 t^2) - ln p(y | x0)."""
+        steps = zip(map(self.step, range(len(self.u))), self.u, strict=True)
+        return sum((0.5 * a / t**2 * u.square().flatten(1).sum(1) for (_, t, a), u in steps), -self.log_prob)
+
+
+def _at(sigma: Tensor, x: Tensor) -> Tensor:
+    return sigma.to(x).expand(len(x))
+
+
+def _mean(x: Tensor, d: Tensor, s: float, t: float) -> Tensor:
+    return d + (t / s) ** 2 * (x - d)
+
+
+def rollout(prior: Denoiser, h: Control, likelihood: Gaussian, levels: Tensor, *, batch: int, generator: Generator) -> Paths:
+    """Simulate the controlled process from levels[0] n; ValueError for several measurements, or levels that do not decrease to t > 0."""
+    if len(likelihood.y) != 1:
+        raise ValueError(f"fine-tuning is for one measurement, got {len(likelihood.y)}: choose one with likelihood.take")
+    if levels.ndim != 1 or len(levels) < 2 or not (levels[1:] < levels[:-1]).all() or levels[-1] <= 0:
+        raise ValueError(f"two or more levels that decrease and end above 0 (sigmas(...)[:-1]), got {levels.tolist()}")
+    many = likelihood.take(torch.zeros(batch, dtype=torch.long, device=likelihood.y.device))
+    seen, generators = [], [generator] * batch
+
+    def controlled(x: Tensor, sigma: Tensor) -> Tensor:
+        d = prior(x, sigma)
+        g = many.residual(d)
+        u = h(x, d, g, sigma, many.s_img, many.log_ratio)
+        seen.append((x, d, g, u))
+        return d + u
+
+    with torch.no_grad():
+        x = start((batch, *many.shape), float(levels[0]), generators, device=many.s_img.device, dtype=many.s_img.dtype)
+        last = ddim(controlled, x, levels, eta=1.0, generators=generators)
+        x0 = prior(last, _at(levels[-1], x))
+        states, d, g, u = (list(images) for images in zip(*seen, strict=True))
+        return Paths(levels, [*states, last], d, g, u, many.log_prob(x0), x0, many)
+
+
+def log_weight(paths: Paths, h: Control | None = None) -> Tensor:
+    """L (B,) of recorded paths under h, with gradient through h alone; without h under the control that made them."""
+    return sum((paths.increment(k, u if h is None else paths.control(h, k)) for k, u in enumerate(paths.u)), -paths.log_prob)
+
+
+def log_variance(weights: Tensor) -> Tensor:
+    """VarGrad's objective: the variance of L over the batch, without bias."""
+    return weights.var()
+
+
+def balance(weights: Tensor, ln_z: Tensor | float) -> Tensor:
+    """Trajectory balance: mean of (L + ln Z)^2."""
+    return (weights + ln_z).square().mean()
+
+
+def weight_gradient(loss: Callable[[Tensor], Tensor], h: Control, paths: Paths, parameters: Sequence[Tensor],
+                    steps: Iterable[int] | None = None) -> Tensor:
+    """Add the gradient of loss(L) to the .grad of ``parameters``, step by step; returns the loss.
+
+    dloss/dL is known from the paths: a step's share needs no other step, and of ``steps`` drawn uniformly (weighted with n over their
+    number) the gradient is unbiased.
+    """
+    weights = log_weight(paths).requires_grad_()
+    value = loss(weights)
+    (slope,) = torch.autograd.grad(value, weights)
+    chosen = list(range(len(paths.u)) if steps is None else steps)
+    for k in chosen:
+        (slope * paths.increment(k, paths.control(h, k)) * (len(paths.u) / len(chosen))).sum().backward(inputs=parameters)
+    return value.detach()
+
+
+def entropy_gradient(prior: Denoiser, h: Control, paths: Paths, parameters: Sequence[Tensor], steps: Iterable[int] | None = None) -> Tensor:
+    """Add the gradient of the mean cost, through h's own paths, to the .grad of ``parameters``; returns the mean cost.
+
+    A sweep carries dL/dx back from the end to the first of ``steps`` (as in `weight_gradient`, unbiased), evaluating each step again
+    with its gradient. Of L's derivative only the part through the states is taken; what is left out has mean zero, and so under the
+    optimal h no path gives a gradient (Roeder et al. 2017, arXiv 1703.09194).
+    """
+    chosen = set(range(len(paths.u)) if steps is None else steps)
+    share, likelihood = len(paths.u) / len(chosen) / len(paths.x0), paths.likelihood
+    x = paths.x[-1].detach().requires_grad_()
+    (adjoint,) = torch.autograd.grad(-likelihood.log_prob(prior(x, _at(paths.levels[-1], x))).sum(), x)
+    for k in range(len(paths.u) - 1, min(chosen) - 1, -1):
+        s, t, a = paths.step(k)
+        x = paths.x[k].detach().requires_grad_()
+        d = prior(x, _at(paths.levels[k], x))
+        u = h(x, d, likelihood.residual(d), _at(paths.levels[k], x), likelihood.s_img, likelihood.log_ratio)
+        noise = paths.x[k + 1] - _mean(paths.x[k], paths.d[k] + paths.u[k], s, t)
+        paid = 0.5 * a / t**2 * u.square().sum() + (adjoint * _mean(x, d + u, s, t)).sum()
+        if k in chosen:
+            (paid * share).backward(inputs=parameters, retain_graph=True)
+        (adjoint,) = torch.autograd.grad(paid + (u * noise).sum() / t**2, x)
+    return paths.cost().mean()
+
+
+def finetune(prior: Denoiser, h: nn.Module, likelihood: Gaussian, *, objective: str = "vargrad", levels: Tensor, batch: int = 8,
+             iterations: int = 100, lr: float = 1e-3, steps: int | None = None, seed: int = 0, clip: float = 1.0,
+             progress: Callable[[dict], None] | None = None) -> list[dict]:
+    """Train h in place for one measurement; returns a record per iteration, taken before its update, and calls ``progress`` with it.
+
+    ``prior`` is D; h an `HTransform`, fresh or shipped, after ``requires_grad_(True)``; ``levels`` as ``sigmas(n)[:-1]``. With
+    ``steps`` the gradient takes so many randomly drawn steps an iteration. Adam's ``lr`` falls to zero along half a cosine; gradients
+    are clipped at norm ``clip``. Records hold ``objective``; whatever it is, ``cost`` (relative-entropy's), ``variance`` of L and
+    ``ln_z``; ``evaluations`` of the prior so far; ``seconds``. Raises ValueError for what cannot be trained.
+    """
+    parameters = [p for p in h.parameters() if p.requires_grad]
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    if not parameters:
+        raise ValueError("h has nothing to train: call h.requires_grad_(True) on a loaded one")
+    if batch < 2 or iterations < 1 or not (steps is None or 1 <= steps < len(levels)):
+        raise ValueError(f"batch >= 2, iterations >= 1 and steps from 1 to {len(levels) - 1}, got {batch}, {iterations} and {steps}")
+    generator, begun, n = Generator().manual_seed(seed), time.monotonic(), len(levels) - 1
+    history, evaluations, ln_z = [], 0, torch.zeros(())
+    optimiser = torch.optim.Adam(parameters, lr, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
+    for iteration in range(iterations):
+        paths = rollout(prior, h, likelihood, levels, batch=batch, generator=generator)
+        drawn = torch.randperm(n, generator=generator)[:steps].tolist() if steps else list(range(n))
+        weights = log_weight(paths)
+        ln_z = -weights.mean() if iteration == 0 or objective != "balance" else ln_z - 0.2 * (ln_z + weights.mean())  # descends balance
+        optimiser.zero_grad(set_to_none=True)
+        if objective == "relative-entropy":
+            value = entropy_gradient(prior, h, paths, parameters, drawn)
+        else:
+            loss = log_variance if objective == "vargrad" else functools.partial(balance, ln_z=ln_z)
+            value = weight_gradient(loss, h, paths, parameters, drawn)
+        evaluations += batch * (n + 1 + (n + 1 - min(drawn) if objective == "relative-entropy" else 0))
+        history.append({"iteration": iteration, "objective": float(value), "cost": float(paths.cost().mean()), "ln_z": float(ln_z),
+                        "variance": float(weights.var()), "evaluations": evaluations, "seconds": time.monotonic() - begun})
+        if torch.isfinite(nn.utils.clip_grad_norm_(parameters, clip)):
+            optimiser.step()
+        schedule.step()
+        if progress is not None:
+            progress(history[-1])
+    return history
