@@ -156,20 +156,18 @@ class KSpace:
         """The maps as a calibration finds them: a little wrong, and often zero outside the object."""
         count, coils, *shape = maps.shape
         r = torch.rand(3, count, 1, 1, 1, generator=generator)
-        low, high = self.ranges.map_error
-        error = low * (high / low) ** r[0]
         field = torch.randn(count * 2, coils, 12, 12, generator=generator)
         field = F.interpolate(field, shape, mode="bicubic").reshape(2, count, coils, *shape)
-        found = maps * (1 + error * torch.complex(*field))
+        found = maps * (1 + _between(self.ranges.map_error, r[0]) * torch.complex(*field))
         found = found / found.abs().square().sum(1, keepdim=True).sqrt()
         reach = self.size // 32  # the kernels of a calibration see no finer
         brightness = F.avg_pool2d(torch.linalg.vector_norm(u, dim=1, keepdim=True), 2 * reach + 1, 1, reach)
         return found * ((brightness > 0.03 + 0.07 * r[1]) | (r[2] >= self.ranges.cropped))
 
 
-def _between(ends: tuple[float, float], share: float) -> float:
-    """The point at ``share`` of the way on a logarithmic scale."""
-    return math.exp(math.log(ends[0]) + share * math.log(ends[1] / ends[0]))
+def _between(ends: tuple[float, float], share):
+    """The point at ``share``, a number or a tensor, of the way on a logarithmic scale."""
+    return ends[0] * (ends[1] / ends[0]) ** share
 
 
 def complex_images(magnitude: Tensor, generator: Generator) -> Tensor:

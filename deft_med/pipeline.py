@@ -200,9 +200,14 @@ def _volume(values: np.ndarray, scan: Scan) -> Volume:
     return Volume(values.astype(np.float32), scan.lps, UNITS[scan.modality])
 
 
+def check_method(method: str, modality: str) -> None:
+    """Raises UsageError for a method that the modality does not have."""
+    if method not in METHODS[modality]:
+        raise UsageError(f"unknown method {method!r} for {modality}: choose one of {', '.join(METHODS[modality])}")
+
+
 def _check(scan: Scan, method: str, estimate: str, model: Model | None, steps: int, samples: int) -> None:
-    if method not in METHODS[scan.modality]:
-        raise UsageError(f"unknown method {method!r} for {scan.modality}: choose one of {', '.join(METHODS[scan.modality])}")
+    check_method(method, scan.modality)
     if estimate not in ESTIMATES:
         raise UsageError(f"unknown estimate {estimate!r}: choose one of {', '.join(ESTIMATES)}")
     if method == "deft" and model is None:

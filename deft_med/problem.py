@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -161,9 +160,8 @@ def coil_maps(kspace: Tensor, region: coils.Calibration, sigma: float = 0.0) -> 
         return torch.ones_like(kspace)
     if not kspace.any():
         return torch.full_like(kspace, len(kspace) ** -0.5)
-    data = coils.calibrate(kspace, region)
-    lines = min(data.shape[1:])
-    if lines >= FEWEST and float(data.abs().amax()) > 2 * sigma * math.sqrt(2 * math.log(2 * data.numel())):
+    lines = min(coils.calibrate(kspace, region).shape[1:])
+    if lines >= FEWEST:
         with contextlib.suppress(ValueError):  # nothing above the noise: an empty slice
             maps = coils.espirit(kspace, region, kernel=min(6, lines // 2), sigma=sigma, crop=SUPPORT)
             if maps.any():

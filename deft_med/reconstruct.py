@@ -112,10 +112,9 @@ def run(arguments: argparse.Namespace) -> None:
     wanted = arguments.format or ("dicom" if source.kind == "dicom" else "nifti")
     if wanted != "nifti" and source.kind != "dicom" and not (source.modality == "MR" and source.placed):
         raise UsageError("DICOM output wants a DICOM input, whose patient and study it copies: say --format nifti")
-    from deft_med.pipeline import METHODS, SAMPLES, STEPS, reconstruct
+    from deft_med.pipeline import SAMPLES, STEPS, check_method, reconstruct
 
-    if arguments.method not in METHODS[source.modality]:
-        raise UsageError(f"method {arguments.method} is not for {source.modality}: choose one of {', '.join(METHODS[source.modality])}")
+    check_method(arguments.method, source.modality)
     protocol = protocol_of(arguments.protocol or DEFAULTS[source.modality][0])
     if source.scan is None:
         if protocol.modality != source.modality:
@@ -137,11 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
     scan = with_known_noise(source.scan or simulate(source.volume, protocol, seed=arguments.seed))  # type: ignore[arg-type]
     model, flags = None, []
     if arguments.method == "deft":
-        name = arguments.model or DEFAULTS[source.modality][1]
-        if arguments.model is None and name not in bundle.available():
-            raise UsageError(f"no {source.modality} model ships with this version: give --model DIR (README, Training on your own data), "
-                             "or choose --method wavelet, tv, cg-sense or zero-filled")
-        model = bundle.load_model(name)
+        model = bundle.load_model(arguments.model or DEFAULTS[source.modality][1])
         flags = bundle.check(model.card, scan, anatomy=source.anatomy)
         if flags and not arguments.out_of_scope_ok:
             from deft_med.errors import ModelError
