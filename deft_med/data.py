@@ -44,13 +44,16 @@ class Pool:
 class Augmentation:
     """How crops are drawn: a share ``plain`` is only flipped, turned by quarters and shifted, so that its texture is the scanner's
     own; the rest is also turned by any angle and rescaled to a pixel size drawn from ``pixel_mm`` (log-uniform).
-    ``balance`` b draws a subject with probability proportional to its number of slices to the power b (0: all alike)."""
+    ``balance`` b draws a subject with probability proportional to its number of slices to the power b (0: all alike).
+    ``detail`` d multiplies the amplitude at f of the image's spectrum by 1 + a (f / f_Nyquist)^2, a uniform on [-d / 4, d]: scanners
+    differ in sharpness, and a prior that knows the soft ones alone smooths what the sharp ones saw."""
 
     plain: float = 0.5
     pixel_mm: tuple[float, float] = (0.7, 2.2)
     balance: float = 0.3
     highest: float = 3.0  # u above this (dense metal) is cut in training
     background: float = -1.0  # u beyond the image's edge, and the lowest there is: air in CT, 0 in MR
+    detail: float = 0.0
 
 
 def draw_images(pool: Pool, count: int, size: int, augmentation: Augmentation, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -65,7 +68,18 @@ def draw_images(pool: Pool, count: int, size: int, augmentation: Augmentation, g
         image, pixel = _draw_one(pool, subject, size, augmentation, draws)
         images.append(image)
         pixels.append(pixel)
-    return torch.stack(images)[:, None], torch.tensor(pixels)
+    u = torch.stack(images)[:, None]
+    if augmentation.detail > 0:
+        share = torch.rand(count, 1, 1, 1, generator=generator, device=device)
+        u = _sharpened(u, augmentation.detail * (1.25 * share - 0.25)).clamp(augmentation.background, augmentation.highest)
+    return u, torch.tensor(pixels)
+
+
+def _sharpened(u: Tensor, a: Tensor) -> Tensor:
+    """u (B, 1, n, n) with its spectrum times 1 + a (f / f_Nyquist)^2."""
+    n = u.shape[-1]
+    y, x = torch.fft.fftfreq(n, 0.5, device=u.device)[:, None], torch.fft.rfftfreq(n, 0.5, device=u.device)
+    return torch.fft.irfft2(torch.fft.rfft2(u) * (1 + a * (y.square() + x.square())), s=(n, n))
 
 
 def _draw_one(pool: Pool, subject: int, size: int, augmentation: Augmentation, r: Sequence[float]) -> tuple[Tensor, float]:

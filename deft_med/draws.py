@@ -120,7 +120,9 @@ class KSpace:
         shape, acceleration = (self.size, self.size), _between(self.ranges.acceleration, r[0])
         if number < self.ranges.focus * self.ranges.patterns:
             return patterns.equispaced(shape, 4.0, axis=number % 2, generator=generator)
-        if number >= (1 - self.ranges.radial) * self.ranges.patterns:
+        spokes = math.ceil((1 - self.ranges.radial) * self.ranges.patterns)
+        if number >= spokes:  # few of them: evenly over the range
+            acceleration = _between(self.ranges.acceleration, (number - spokes + r[0]) / (self.ranges.patterns - spokes))
             return patterns.radial(shape, math.ceil(math.pi / 2 * self.size / acceleration), golden=r[1] < 0.5, start=2 * math.pi * r[2])
         if number % 3 == 0:
             side = max(8, round(24 * self.size / WHOLE * (0.5 + r[1])))

@@ -49,7 +49,7 @@ def pool(listed: list[dict], cache: Path | None = None, *, modality: str = "CT")
     """Read every entry and stack its slices at the matrix sizes that the networks train on (area means of larger ones).
 
     CT is in HU. MR is in thousandths of the volume's 99.5th percentile, cut along every axis whose planes have nearly square pixels,
-    each plane framed about the head and resampled to 256 x 256 (`_planes`).
+    each plane framed about the head at its own pixels (`_planes`).
 
     The coarse level holds area means of finer images only for subjects who have no images of that size; an image between two sizes
     goes to the smaller one, an image below 256 keeps its pixels and is padded with air.
@@ -97,8 +97,9 @@ def pool(listed: list[dict], cache: Path | None = None, *, modality: str = "CT")
 def _planes(item: dict) -> list[tuple[Tensor, float]]:
     """Stacks (n, 256, 256) int16 of an MR volume, and their pixel sizes in mm: along every axis whose planes are nearly isotropic.
 
-    A plane is a square about the head with a margin of 15 %; planes that hold less than a tenth of head are left out, and of a
-    long stack every second one is kept.
+    A plane is a square about the head, padded with nothing where the volume ends, at the coarser of its two pixel sizes: planes that
+    were interpolated to fill the matrix would teach a prior that images are smooth. A head of more pixels is resampled to fit. Planes
+    that hold less than a tenth of head are left out, and of a long stack every second one is kept.
     """
     volume, spacing = item["volume"].numpy(), [float(s) for s in item["spacing"]]
     bright = float(np.quantile(volume[volume > 0], 0.995))
@@ -111,10 +112,11 @@ def _planes(item: dict) -> list[tuple[Tensor, float]]:
             continue
         extent = [np.flatnonzero(np.moveaxis(head, axis, 0).any(axis=(0, 2 - k))) for k in range(2)]
         low, high = np.array([e[0] for e in extent]) * steps, np.array([e[-1] + 1 for e in extent]) * steps
-        side = 1.15 * float((high - low).max())
-        pixel = side / MATRICES[0]
-        centre = (low + high) / 2
-        places = [(c - side / 2 + (np.arange(MATRICES[0]) + 0.5) * pixel) / s - 0.5 for c, s in zip(centre, steps, strict=True)]
+        pixel = max(*steps, float((high - low).max()) / MATRICES[0])
+        places = []
+        for middle, step in zip((low + high) / 2, steps, strict=True):
+            first = (middle - pixel * (MATRICES[0] - 1) / 2) / step - 0.5
+            places.append((round(first) if pixel == step else first) + np.arange(MATRICES[0]) * (pixel / step))
         planes = [p for p, h in zip(np.moveaxis(volume, axis, 0), np.moveaxis(head, axis, 0), strict=True) if h.mean() > 0.1]
         planes = planes[::2] if len(planes) > 60 else planes
         grid = np.meshgrid(*places, indexing="ij")

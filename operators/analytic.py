@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from numpy.polynomial.chebyshev import chebinterpolate
+from numpy.polynomial.chebyshev import chebadd, chebinterpolate, chebmul
 from scipy.spatial import ConvexHull, QhullError, Voronoi, cKDTree
 from torch import Tensor
 
@@ -329,8 +329,9 @@ class SenseInverse(LinearOperator):
         if not (largest > 0).all():
             raise ValueError("the coil maps are zero everywhere")
         self.register_buffer("_largest", largest.double(), persistent=False)
-        series = chebinterpolate(lambda x: 1 / ((1 + x) / 2 + weight), degree)  # type: ignore[type-var]
-        self._series = (series / series.sum()).tolist()  # exactly 1 where all was measured
+        inverse = chebinterpolate(lambda x: 1 / ((1 + x) / 2 + weight), degree - 1)  # type: ignore[type-var]
+        # (1 + w) / (l + w) = 1 + (1 - l) / (l + w): exactly 1 at l = 1, where all was measured
+        self._series = chebadd([1.0], chebmul([0.5, -0.5], inverse)).tolist()
 
     def _unfold(self, x: Tensor) -> Tensor:
         """The series in 2 A.H A - 1 applied to x, by Clenshaw's recurrence."""

@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Generator, nn
 
 from deft_med.config import Noise, build, load
-from deft_med.data import Augmentation, Pool, draw_images
+from deft_med.data import Augmentation, Pool, _sharpened, draw_images
 from deft_med.draws import Acquisitions, Rays
 from deft_med.errors import UsageError
 from deft_med.fit import Recipe, Stage, fit, step_generator
 from deft_med.kinds import KINDS, Network, Training, assemble
 from deft_med.prior import Prior
 from deft_med.schedule import draw, draw_vp
+from deft_med.subjects import _planes
 from deft_med.train import main
 
 
@@ -202,3 +203,32 @@ def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     assert "train ct_prior first" in capsys.readouterr().err
     (tmp_path / "run" / "state.safetensors").write_text("x")
     assert main(["ct_prior", "--out", str(tmp_path / "run")]) == 7
+
+
+def test_detail_sharpens_and_leaves_the_mean() -> None:
+    u = torch.rand(2, 1, 32, 32, generator=Generator().manual_seed(0))
+    same, sharp = _sharpened(u, torch.zeros(2, 1, 1, 1)), _sharpened(u, torch.ones(2, 1, 1, 1))
+    torch.testing.assert_close(same, u)
+    torch.testing.assert_close(sharp.mean((2, 3)), u.mean((2, 3)))
+    rim = (torch.fft.fft2(sharp) / torch.fft.fft2(u))[..., 0, 16]  # the Nyquist frequency of one axis: 1 + a
+    torch.testing.assert_close(rim.real, torch.full((2, 1), 2.0))
+
+
+def test_planes_of_an_mr_volume_keep_their_pixels() -> None:
+    """Framed about the head and padded, not interpolated: the prior learns the scanner's own sharpness."""
+    generator = Generator().manual_seed(0)
+    volume = torch.zeros(12, 60, 80)
+    volume[:, 10:50, 20:70] = 0.2 + torch.rand(12, 40, 50, generator=generator)
+    ((stack, pixel),) = _planes({"volume": volume, "spacing": torch.tensor([3.0, 0.9, 0.9])})
+    assert stack.shape == (12, 256, 256) and pixel == pytest.approx(0.9)
+    rows, columns = ((stack[0] > 0).any(axis).nonzero()[:, 0] for axis in (1, 0))
+    found = stack[:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].float()
+    bright = volume[volume > 0].quantile(0.995)
+    torch.testing.assert_close(found, volume[:, 10:50, 20:70] * 1000 / bright, rtol=0, atol=0.51)
+    assert abs(int(rows.float().mean()) - 128) <= 1 and abs(int(columns.float().mean()) - 128) <= 1
+
+
+def test_planes_with_more_pixels_than_the_matrix_are_resampled_to_fit() -> None:
+    volume = torch.ones(2, 40, 400)
+    ((stack, pixel),) = _planes({"volume": volume, "spacing": torch.tensor([9.0, 1.0, 1.0])})
+    assert pixel == pytest.approx(400 / 256) and stack.shape == (2, 256, 256)
