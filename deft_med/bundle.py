@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import WEIGHTS, Card, check, out_of_scope, parse
-from .errors import DeftMedError, ModelError, UsageError
+from .errors import DeftMedError, ModelError, OutputError, UsageError
 from .publish import check_target, published
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .intensity import Window
     from .prior import Prior
 
-__all__ = ["Card", "Model", "available", "check", "load", "load_model", "out_of_scope", "save"]
+__all__ = ["Card", "Model", "available", "check", "load", "load_model", "out_of_scope", "recalibrate", "save"]
 
 BUNDLES = Path(__file__).with_name("bundles")
 _LARGEST = 4 << 30  # bytes of one weight file
@@ -179,6 +179,30 @@ def save(folder: str | Path, prior_state: Mapping[str, Tensor], h_state: Mapping
         for name, text in texts.items():
             (beside / name).write_text(text, encoding="utf-8")
     return made
+
+
+def recalibrate(folder: str | Path, calibration: Mapping[str, Any]) -> Card:
+    """Write a calibration (by protocol, as `deft_med.calibrate` finds it) on the card of a bundle's folder; its weights stay. The new card.
+
+    What the card knows of other protocols stays too. Raises as `load` does, ModelError for a calibration that is none, OutputError where
+    the folder cannot be written.
+    """
+    from .attribution import readme
+
+    path = Path(folder)
+    if not path.is_dir():
+        raise UsageError("a calibration is written into the folder of a bundle: name one that deft_med.export made")
+    card = load(path)[0]
+    known = {name: dataclasses.asdict(one) for name, one in card.calibration.items()}
+    card = parse({**json.loads(card.to_json()), "calibration": {**known, **calibration}})
+    try:
+        for name, text in (("card.json", card.to_json()), ("README.md", readme(card))):
+            beside = path / f".{name}.part"
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path / name)
+    except OSError as error:
+        raise OutputError("the bundle's folder cannot be written: copy it to a writable one") from error
+    return card
 
 
 def _draft(card: Mapping[str, Any]) -> Card:

@@ -22,6 +22,7 @@ JUDGED = {  # range of an acquisition: what it is called, and its unit
     "acceleration": ("acceleration", ""), "coils": ("number of coils", ""), "noise_percent": ("noise", "% of the image scale")}  # fmt: skip
 NOISES = ("gaussian_percent", "photons", "noise_percent")
 WEIGHTS = ("prior.safetensors", "h.safetensors")
+ALL = "all"  # name of the calibration over all protocols
 GUESSED = 0.5  # the same for a noise level that was estimated
 SLACK = 0.02  # by how much, relatively, a scan may leave a range: lengths and noise levels are rounded on the way
 
@@ -109,8 +110,33 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What intervals and chi2 of a protocol's samples are worth, measured on tune subjects (`deft_med.calibrate`), who weigh alike.
+
+    ``factor`` multiplies the samples' standard deviation so that ``metrics.interval`` holds the reference in a share ``level`` of the
+    body's pixels; ``coverage_raw`` is the share at factor 1, ``coverage`` that of each subject with a factor from the others (of one
+    subject, with its own). ``chi2_99``: the 99th percentile over slices of the chi2 of the samples.
+    """
+
+    factor: float
+    coverage_raw: float
+    coverage: float
+    chi2_99: float
+    samples: int
+    subjects: int
+    slices: int
+    command: str
+    level: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 0 and self.chi2_99 > 0 and 0 < self.level < 1 and min(self.samples, self.subjects + 1, self.slices + 1) > 1):
+            raise ModelError("the model's calibration is not valid: factor and chi2_99 want to be positive, level between 0 and 1, samples "
+                             "2 or more, subjects and slices 1 or more")
+
+
+@dataclass(frozen=True)
 class Card:
-    """The card.json of a bundle."""
+    """The card.json of a bundle. ``calibration`` is by protocol; "all" speaks for those that are not there."""
 
     name: str
     version: str
@@ -134,6 +160,7 @@ class Card:
     deft_med: str
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     notes: str = ""
+    calibration: dict[str, Calibration] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = []
@@ -157,6 +184,11 @@ class Card:
             for name in JUDGED:
                 if getattr(one, name) is not None:
                     yield f"protocols[{number}].{name}", getattr(one, name)
+
+    def calibrated(self, protocol: str | None) -> tuple[str, Calibration | None]:
+        """The calibration for a protocol by its name or, where it is not on the card, that of "all"; ("", None) without any."""
+        name = next((n for n in (protocol, ALL) if n in self.calibration), "")
+        return name, self.calibration.get(name)
 
     def to_json(self) -> str:
         """The card as indented JSON."""
@@ -193,6 +225,8 @@ def check(card: Card, scan: Scan, *, anatomy: str | None = None) -> list[str]:
 
 
 def _ct_numbers(scan: Scan, estimated: bool) -> dict[str, Any]:
+    if type(scan.acquisition).__name__ == "ThickSlices":
+        return {"geometry": "thick-slice"}
     angles = np.sort(np.asarray(scan.acquisition.angles))  # type: ignore[union-attr]
     views = len(angles)
     coverage = math.degrees(float(angles[-1] - angles[0])) * views / max(1, views - 1) if views > 1 else 0.0
@@ -201,6 +235,8 @@ def _ct_numbers(scan: Scan, estimated: bool) -> dict[str, Any]:
     if scan.noise is None:
         return found
     noise = np.broadcast_to(scan.noise, scan.y.shape)
+    if np.isinf(noise).any():  # rays that were not measured
+        return found | {"geometry": f"{geometry} but incomplete"}
     spread = float(noise.max() / noise.min()) / (1 + GUESSED * estimated)
     if spread < 1.5 or (noise.shape[0] > 1 and np.ptp(noise, axis=(1, 2)).max() == 0):  # one level, or one per slice
         return found | {"gaussian_percent": 100 * float(np.mean(noise.mean((1, 2)) / np.maximum(scan.y.mean((1, 2)), 1e-6)))}

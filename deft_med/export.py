@@ -13,6 +13,7 @@ def parser() -> argparse.ArgumentParser:
                    help="JSON list of images with split, subject, licence, collection or source, doi where there is one")
     p.add_argument("--tune", default="", metavar="A,B", help="subjects of the train split that were tuned on instead")
     p.add_argument("--results", metavar="FILE", help="results.jsonl of deft_med.benchmark, for the numbers on the card")
+    p.add_argument("--calibration", metavar="FILE", help="what deft_med.calibrate wrote, for intervals and chi2 on the card")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--overwrite", action="store_true", help="replace an earlier bundle")
     return p
@@ -60,15 +61,29 @@ def make(arguments: argparse.Namespace):
     if unknown := kept - {entry["subject"] for entry in seen}:
         raise UsageError(f"--tune names {', '.join(sorted(unknown))}, which the manifest's train split does not hold")
     seen = [entry for entry in seen if entry["subject"] not in kept]
+    calibration = {} if arguments.calibration is None else calibrated(Path(arguments.calibration))
     card = words | {
         "window": dataclasses.asdict(window), "channels": MODALITIES[h_config.modality], "sigma_data": prior.sd,
         "sigma_min": prior.sigma_min, "sigma_max": prior.sigma_max, "prior": dataclasses.asdict(prior_config.network),
         "h": dataclasses.asdict(h_config.network) | {"residual": {"window": h_config.filter}, "form": h_config.loss},
         "training_data": [dataclasses.asdict(c) for c in collections(seen)],
         "metrics": [] if arguments.results is None else measured(Path(arguments.results)),
+        "calibration": calibration,
     }
     credit = attribution(seen, h_config.modality)
     return bundle.save(arguments.out, prior.state_dict(), h.state_dict(), card, credit, overwrite=arguments.overwrite)
+
+
+def calibrated(path) -> dict:
+    """The calibration in a file of deft_med.calibrate; UsageError for another file."""
+    import json
+
+    from deft_med.errors import UsageError
+
+    try:
+        return json.loads(path.read_text("utf-8"))["calibration"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError("--calibration wants the JSON file that deft_med.calibrate wrote, whole") from error
 
 
 def measured(results) -> list[dict]:

@@ -118,8 +118,8 @@ def held_out(reconstruction: Any) -> dict[str, dict[str, float]]:
 
 def marks(reconstruction: Any) -> list[str]:
     """The warnings that every figure and page carries in capitals."""
-    found = ["SIMULATED"] if reconstruction.simulated else []
-    return found + (["OUT OF SCOPE"] if reconstruction.provenance.get("out_of_scope") else [])
+    r, known = reconstruction, reconstruction.provenance.get
+    return [m for m, so in (("SIMULATED", r.simulated), ("OUT OF SCOPE", known("out_of_scope")), ("CHECK FAILED", known("quality"))) if so]
 
 
 def score(reconstruction: Any, method: str, index: int) -> str:
@@ -381,7 +381,7 @@ def _colour_bar(fig: Figure, ax: Axes, scale: ScalarMappable, side: str, unit: s
 
 def _provenance_line(provenance: Mapping[str, Any], length: int) -> str:
     first = ("model", "model_sha256", "seed", "steps", "deft_med", "noise", "device", "torch")
-    left_out = {"protocol", "method", "estimate", "samples", "simulated", "out_of_scope", "source", "source_sha256", "placed", "sized"}
+    left_out = {*"protocol method estimate samples simulated out_of_scope quality source source_sha256 placed sized".split()}
     line = ""
     for key in (*(k for k in first if k in provenance), *(k for k in provenance if k not in first)):
         value = provenance[key]

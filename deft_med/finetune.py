@@ -17,8 +17,15 @@ is the same on all paths under the optimal h: -ln p(y), but for the grid. Three 
 
 The last two need no gradient through D, A or the path; on Q's own paths their gradient is in expectation twice that of the first,
 but far noisier where Var[L] is large. All gradients here hold the graph of one step at a time.
+
+`online` is how a measurement is trained on: relative entropy, and of h the scalar weight w of the residual alone. On one CT slice of
+128 x 128 (60 views, 3.5 % noise), 34 s on one core took a sample from 10 dB (h = 0) to 28, where the h of the bundle, trained on
+pairs, has 30. 40 iterations found no more, nor did a fresh network trained along for three minutes at a rate of 1e-3; at 5e-3 samples
+reached 29.5 dB while the cost stayed twice as high. From the bundle's h the cost falls by a quarter, and a sample loses 1 dB: on 16
+levels the cheapest control is not the nearest to the posterior.
 """
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,11 +34,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from deft_med.htransform import HTransform
 from deft_med.likelihood import Gaussian
 from deft_med.sample import ddim, start
-from deft_med.schedule import Denoiser
+from deft_med.schedule import SIGMA_MAX, Denoiser, sigmas
 
-OBJECTIVES = ("vargrad", "balance", "relative-entropy")
+LEVELS = 17  # of `online`
+OBJECTIVES = ("relative-entropy", "vargrad", "balance")
 Control = Callable[..., Tensor]  # (x, D, g, sigma (B,), s_img (B,), log_ratio) -> sigma^2 h: an `HTransform` or what has its face
 
 
@@ -156,17 +165,20 @@ def entropy_gradient(prior: Denoiser, h: Control, paths: Paths, parameters: Sequ
     return paths.cost().mean()
 
 
-def finetune(prior: Denoiser, h: nn.Module, likelihood: Gaussian, *, objective: str = "vargrad", levels: Tensor, batch: int = 8,
-             iterations: int = 100, lr: float = 1e-3, steps: int | None = None, seed: int = 0, clip: float = 1.0,
-             progress: Callable[[dict], None] | None = None) -> list[dict]:
+def finetune(prior: Denoiser, h: nn.Module, likelihood: Gaussian, *, objective: str = "relative-entropy", levels: Tensor, batch: int = 8,
+             iterations: int = 100, lr: float = 1e-3, groups: Sequence[dict] | None = None, steps: int | None = None, seed: int = 0,
+             clip: float = 1.0, progress: Callable[[dict], None] | None = None) -> list[dict]:
     """Train h in place for one measurement; returns a record per iteration, taken before its update, and calls ``progress`` with it.
 
     ``prior`` is D; h an `HTransform`, fresh or shipped, after ``requires_grad_(True)``; ``levels`` as ``sigmas(n)[:-1]``. With
-    ``steps`` the gradient takes so many randomly drawn steps an iteration. Adam's ``lr`` falls to zero along half a cosine; gradients
-    are clipped at norm ``clip``. Records hold ``objective``; whatever it is, ``cost`` (relative-entropy's), ``variance`` of L and
-    ``ln_z``; ``evaluations`` of the prior so far; ``seconds``. Raises ValueError for what cannot be trained.
+    ``steps`` the gradient takes so many randomly drawn steps an iteration. Adam's ``lr``, or those of ``groups`` (Adam's own parameter
+    groups, in the place of all of h's), fall to zero along half a cosine; gradients are clipped at norm ``clip``. Records hold
+    ``objective``; whatever it is, ``cost`` (relative-entropy's), ``variance`` of L and ``ln_z``; ``evaluations`` of the prior so far;
+    ``seconds``. Raises ValueError for what cannot be trained.
     """
-    parameters = [p for p in h.parameters() if p.requires_grad]
+    groups = [{"params": h.parameters()}] if groups is None else groups
+    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    parameters = [p for group in groups for p in group["params"]]
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
     if not parameters:
@@ -175,7 +187,7 @@ def finetune(prior: Denoiser, h: nn.Module, likelihood: Gaussian, *, objective: 
         raise ValueError(f"batch >= 2, iterations >= 1 and steps from 1 to {len(levels) - 1}, got {batch}, {iterations} and {steps}")
     generator, begun, n = Generator().manual_seed(seed), time.monotonic(), len(levels) - 1
     history, evaluations, ln_z = [], 0, torch.zeros(())
-    optimiser = torch.optim.Adam(parameters, lr, betas=(0.9, 0.99))
+    optimiser = torch.optim.Adam(groups, lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
     for iteration in range(iterations):
         paths = rollout(prior, h, likelihood, levels, batch=batch, generator=generator)
@@ -197,3 +209,27 @@ def finetune(prior: Denoiser, h: nn.Module, likelihood: Gaussian, *, objective: 
         if progress is not None:
             progress(history[-1])
     return history
+
+
+class Silent(nn.Module):
+    """A network with nothing to say: what is left of its HTransform is w g."""
+
+    def forward(self, x: Tensor, scalars: Tensor) -> Tensor:
+        return torch.zeros_like(x[:, : x.shape[1] // 3])
+
+
+def online(prior: Denoiser, h: HTransform | None, likelihood: Gaussian, *, iterations: int = 16, seed: int = 0,
+           rates: tuple[float, float] = (0.1, 0.0), progress: Callable[[dict], None] | None = None) -> tuple[HTransform, list[dict]]:
+    """An h for one measurement and the records of its training (`finetune`); the h that is given stays as it is.
+
+    h is where it starts: a shipped one or, with None, a fresh one of w g alone, for which nothing but the prior was ever trained.
+    ``rates`` are Adam's for w and for h's network; what has the rate 0 is not trained. 16 steps from sigma_max, pairs of paths:
+    68 evaluations of the prior an iteration, half of them with a gradient. Raises ValueError as `finetune` does.
+    """
+    tuned = HTransform(Silent(), sd=getattr(prior, "sd", 0.5)) if h is None else copy.deepcopy(h)
+    tuned.to(likelihood.s_img)
+    parts = zip((tuned.weight, tuned.network), rates, strict=True)
+    groups = [{"params": list(part.requires_grad_(rate > 0).parameters()), "lr": rate} for part, rate in parts]
+    levels = sigmas(LEVELS, high=getattr(prior, "sigma_max", SIGMA_MAX))[:-1]
+    history = finetune(prior, tuned, likelihood, levels=levels, batch=2, iterations=iterations, groups=groups, seed=seed, progress=progress)
+    return tuned.requires_grad_(False), history

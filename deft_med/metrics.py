@@ -17,6 +17,9 @@ from scipy.special import stdtrit
 CT_CLIP = (-1000.0, 1000.0)
 """HU to which both sides are clipped before a CT metric; its length is the data range."""
 
+LEVEL = 0.9
+"""Probability with which an interval holds the truth."""
+
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5  # the 11 x 11 Gaussian window of Wang et al. 2004
 
 
@@ -80,18 +83,82 @@ def chi2(residual: ArrayLike, sigma: ArrayLike) -> float:
     return float(total.mean()) / (2 if np.iscomplexobj(residual) else 1)
 
 
-def coverage(mean: ArrayLike, std: ArrayLike, k: int, ref: ArrayLike, level: float = 0.9, mask: ArrayLike | None = None) -> float:
-    """The share of pixels whose reference lies within the prediction interval of k posterior samples; `level` when calibrated.
+def reach(k: int, level: float = LEVEL) -> float:
+    """t_{k-1} sqrt(1 + 1/k): half of the prediction interval of k Gaussian samples, in their standard deviations (ddof = 1).
 
-    The interval is mean +- t_{k-1} sqrt(1 + 1/k) std with Student's t at `level` and the samples' standard deviation (ddof = 1).
+    Raises ValueError for fewer than 2 samples and a level outside (0, 1).
     """
     if k < 2:
         raise ValueError(f"an interval needs at least 2 samples, got {k}")
     if not 0 < level < 1:
         raise ValueError(f"level is between 0 and 1, got {level}")
+    return float(stdtrit(k - 1, 0.5 + level / 2)) * math.sqrt(1 + 1 / k)
+
+
+def interval(mean: ArrayLike, std: ArrayLike, k: int, level: float = LEVEL, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) = mean -+ factor t_{k-1} sqrt(1 + 1/k) std: what holds the truth with probability `level`.
+
+    Of k samples with standard deviation std (ddof = 1) that are draws of the posterior, at factor 1; `calibration_factor` measures the
+    factor of samples that are not quite.
+    """
+    centre, half = np.asarray(mean, np.float64), factor * reach(k, level) * np.asarray(std, np.float64)
+    return centre - half, centre + half
+
+
+def coverage(mean: ArrayLike, std: ArrayLike, k: int, ref: ArrayLike, level: float = LEVEL, mask: ArrayLike | None = None,
+             factor: float = 1.0) -> float:
+    """The share of pixels whose reference lies within the `interval` of k posterior samples; `level` when calibrated."""
+    missed = misses(mean, std, k, ref, level, mask)
+    return float(np.mean(missed <= factor)) if missed.size else math.nan
+
+
+def misses(mean: ArrayLike, std: ArrayLike, k: int, ref: ArrayLike, level: float = LEVEL, mask: ArrayLike | None = None) -> np.ndarray:
+    """|ref - mean| over half of the `interval` at factor 1, for every pixel of the mask: above 1 where the interval misses (n,).
+
+    Infinite where all samples agree on what the reference is not, zero where they agree on what it is.
+    """
     mean, ref, region = _pair(mean, ref, mask)
-    half = float(stdtrit(k - 1, 0.5 + level / 2)) * math.sqrt(1 + 1 / k) * np.broadcast_to(np.asarray(std, np.float64), mean.shape)
-    return float(np.mean((np.abs(ref - mean) <= half)[region])) if region.any() else math.nan
+    error = np.abs(ref - mean)[region]
+    half = reach(k, level) * np.broadcast_to(np.asarray(std, np.float64), mean.shape)[region]
+    return np.divide(error, half, out=np.where(error > 0, np.inf, 0.0), where=half > 0)
+
+
+def calibration_factor(missed: ArrayLike, level: float = LEVEL, weights: ArrayLike | None = None) -> float:
+    """The factor on std with which a share `level` of the weight lies within the interval: the weighted quantile of `misses`.
+
+    Samples of the true posterior have factor 1, samples with half its standard deviation 2. ValueError where nothing has weight.
+    """
+    return weighted_quantile(missed, level, weights)
+
+
+def weighted_quantile(values: ArrayLike, q: float, weights: ArrayLike | None = None) -> float:
+    """The value below which a share q of the weight lies, each value standing in the middle of its own weight, linear in between.
+
+    Raises ValueError where nothing has weight.
+    """
+    values = np.asarray(values, np.float64).ravel()
+    given = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64).ravel()
+    if given.shape != values.shape or not given.sum() > 0 or given.min() < 0:
+        raise ValueError(f"weights want to be one per value, not negative and not all zero: got {given.size} for {values.size} values")
+    order = np.argsort(values)
+    values, given = values[order], given[order]
+    return float(np.interp(q * given.sum(), np.cumsum(given) - given / 2, values))
+
+
+def rank_histogram(samples: ArrayLike, ref: ArrayLike, mask: ArrayLike | None = None) -> np.ndarray:
+    """How often the reference is the 1st, 2nd, ... (K + 1)-th smallest among K samples [K, ...]: shares (K + 1,), alike if calibrated.
+
+    High ends say that the samples are too alike, one high end that they are biased (Talagrand's diagram; Hamill, Mon. Weather Rev.
+    129(3), 2001). A reference that equals samples counts in equal parts for the ranks it may have. NaN for an empty mask.
+    """
+    samples, ref = np.asarray(samples), np.asarray(ref)
+    if samples.ndim != ref.ndim + 1 or not len(samples):
+        raise ValueError(f"rank_histogram needs samples [K, ...] beside a reference [...], got {samples.shape} and {ref.shape}")
+    _, _, region = _pair(samples[0], ref, mask)
+    low, high = (samples[:, region] < ref[region]).sum(0), (samples[:, region] <= ref[region]).sum(0)
+    share = 1 / (high - low + 1)
+    total = [share[(low <= rank) & (rank <= high)].sum() for rank in range(len(samples) + 1)]
+    return np.asarray(total) / region.sum() if region.any() else np.full(len(samples) + 1, math.nan)
 
 
 def body_mask(hu: ArrayLike, *, threshold: float = -500.0, opening: int = 2) -> np.ndarray:
@@ -110,6 +177,10 @@ def head_mask(image: ArrayLike, *, fraction: float = 0.1, percentile: float = 99
     where the slice is zero; a slice of noise alone has a region all the same.
     """
     return _by_slice("head_mask", image, lambda m: _largest(m > fraction * np.percentile(m, percentile), opening))
+
+
+MASKS: dict[str, Callable[[ArrayLike], np.ndarray]] = {"CT": body_mask, "MR": head_mask}
+"""Modality -> the region inside which a result is judged."""
 
 
 def _by_slice(name: str, images: ArrayLike, mask: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

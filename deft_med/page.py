@@ -33,6 +33,7 @@ from .figure import (
     std_range,
 )
 from .metrics import mean_sd
+from .trust import worth
 
 LIMIT = 8_000_000
 """Bytes that a page may have: of a long series, evenly spaced slices are embedded."""
@@ -49,7 +50,7 @@ def page(reconstruction: Any) -> str:
     drawing, drawn = io.BytesIO(), figure(r)
     drawn.savefig(drawing, format="png", dpi=110, metadata={"Software": "deft_med"})
     template = Template((Path(__file__).with_name("page.html")).read_text(encoding="utf-8"))
-    tables = [_metrics_table(r), _cross_table(r), _chi2_table(r), _timing_table(r), _provenance_table(r)]
+    tables = [_metrics_table(r), _cross_table(r), _chi2_table(r), _trust_table(r), _timing_table(r), _provenance_table(r)]
     image = base64.b64encode(drawing.getvalue()).decode()
     room = LIMIT - len(image) - len(template.template) - sum(map(len, tables)) - 20_000
     letters, _, length = place_of(r)
@@ -115,6 +116,7 @@ def viewer_data(reconstruction: Any, room: int = LIMIT) -> dict[str, Any]:
     rows, columns = find_detail(shown.get("reference", shown["result"]), style)
     panels = _panels(r)
     spread = [shown["result"] - shown[p["minus"]] for p in panels if p.get("minus") and p["key"] == "result"]
+    spread = spread[:1] if r.reference is not None else spread  # the prior's part has its colours from what is wrong
     letters, pixel, length = place_of(r)
     return {
         "shape": list(r.volume.data.shape[-2:]),
@@ -153,8 +155,11 @@ def _panels(r: Any) -> list[dict[str, Any]]:
         panels.append({"key": "std", "title": f"{words} of {r.samples} samples", "column": place})
     for key in [*beside, "result"] if r.reference is not None else []:
         panels.append({"key": key, "minus": "reference", "title": f"{titles[key]} − reference", "column": 1 + images.index(key)})
-    for key in beside if r.reference is None else []:
-        panels.append({"key": "result", "minus": key, "title": f"{name} − {titles[key]}", "column": 1 + images.index(key)})
+    prior = [] if r.method in CLASSICAL else beside[:1]
+    for key in beside if r.reference is None else prior:
+        place = images.index(key if r.reference is None else "result")
+        panels.append({"key": "result", "minus": key, "title": f"{'Prior: ' if key in prior else ''}{name} − {titles[key]}",
+                       "column": 1 + place})
     if len(images) < 3:
         return [{key: value for key, value in p.items() if key != "column"} for p in panels]
     return [{"column": 1 + k, **p} for k, p in enumerate(panels[: len(images)])] + sorted(panels[len(images) :], key=lambda p: p["column"])
@@ -205,8 +210,12 @@ def _cards(r: Any) -> str:
         note = f"{method_name(best_other)} {_format(errors[best_other], '{:.1f} %')}" if best_other else ""
         cards.append(("Held-out error", _format(errors[r.method], "{:.1f} %"), note))
     if r.chi2 and _finite(r.chi2.get("mean")):
-        note = f"samples {r.chi2['samples']:.3f}" if _finite(r.chi2.get("samples")) else ""
-        cards.append(("Data consistency χ²", f"{r.chi2['mean']:.3f}", note))
+        key = "samples" if _finite(r.chi2.get("samples")) else "mean"
+        note = f"{'samples' if key == 'samples' else 'image'}, expected 1"
+        note += f" ± {r.chi2['deviation']:.2g}" if _finite(r.chi2.get("deviation")) else ""
+        cards.append(("Data consistency χ²", f"{r.chi2[key]:.3f}", note))
+    if made := _trust(r, "interval"):
+        cards.append((f"{100 * made['level']:g} % interval", f"± {made['half_width_in_std']:.2f} SD", worth(made)))
     if r.timing:
         total = sum(float(v) for v in r.timing.values())
         count = len(r.volume.data)
@@ -258,14 +267,39 @@ def _cross_table(r: Any) -> str:
 def _chi2_table(r: Any) -> str:
     shown = method_name(r.method) + ("" if r.method in CLASSICAL else ", shown")
     names = {"reference": "Reference", "samples": "Posterior samples", "mean": shown}
-    names |= {m: method_name(m) for m in r.chi2 or {} if m not in (*names, r.method, "expected")}
+    names |= {m: method_name(m) for m in r.chi2 or {} if m not in (*names, r.method, "expected", "deviation", "measurements")}
     rows = [(names[k], f"{r.chi2[k]:.3f}") for k in names if r.chi2 and _finite(r.chi2.get(k))]
     if not rows:
         return ""
-    expected = r.chi2.get("expected", 1.0)
-    text = (f"Mean of ((y − A x) / σ)² over the measurements. Expected {expected:g} for the true image and for a posterior sample, less "
-            "for a mean of samples; much more means that the image contradicts the data.")  # fmt: skip
+    expected = f"{r.chi2.get('expected', 1.0):g}"
+    expected += f" ± {r.chi2['deviation']:.3f} (√(2 / M), M = {r.chi2['measurements']} measurements)" if "deviation" in r.chi2 else ""
+    text = (f"Mean of ((y − A x) / σ)² over the measurements. Expected {expected} for the true image and for a posterior sample, less "
+            "for a mean of samples; much more means that the image contradicts the data. What the grid and the model of the measurements "
+            "cannot show adds to it")  # fmt: skip
+    text += ": the reference's own χ² says how much." if "reference" in names and _finite(r.chi2.get("reference")) else "."
+    if limit := _trust(r, "quality").get("limit"):
+        text += f" Below {limit:.3f} lie 99 % of the slices of the subjects that this protocol was calibrated on."
+        text += f" The check {_trust(r, 'quality')['check']}."
     return f"<section>{_table('Agreement with the data', text, ('Image', 'χ²'), rows)}</section>"
+
+
+def _trust(r: Any, part: str) -> dict[str, Any]:
+    return (getattr(r, "trust", None) or {}).get(part) or {}
+
+
+def _trust_table(r: Any) -> str:
+    made, prior = _trust(r, "interval"), _trust(r, "prior")
+    if not made:
+        return ""
+    known = (("Wanted", made["level"]), ("On the subjects of the calibration", made.get("coverage_on_tune_subjects")),
+             (f"Here, in the {prior['region']} of the reference", made.get("coverage")))
+    rows = [(name, f"{100 * value:.1f} %") for name, value in known if value is not None]
+    text = (f"The interval of a pixel is its value ± {made['half_width_in_std']:.3g} standard deviations of {made['samples']} samples: "
+            f"Student's t, and a factor {made['factor']:.3g} ({worth(made)}). It speaks of pixels one by one.")  # fmt: skip
+    if prior.get("rms") is not None:
+        text += (f" RMS of {method_name(r.method)} − {method_name(prior['against'])} in the {prior['region']}: {prior['rms']:.4g} "
+                 f"{prior['unit']}; the panel “Prior” shows where it is largest.")  # fmt: skip
+    return f"<section>{_table('Intervals, and the part of the prior', text, ('Share of pixels in the interval', ''), rows)}</section>"
 
 
 def _timing_table(r: Any) -> str:
@@ -278,7 +312,11 @@ def _timing_table(r: Any) -> str:
         for k, v in r.timing.items()
     )
     head = "<tr><th>Stage</th><th>Seconds</th><th></th></tr>"
-    return f"<section><h2>Time</h2><table><thead>{head}</thead><tbody>{rows}</tbody></table></section>"
+    parts = getattr(r, "profile", None) or {}
+    total = sum(parts.values())
+    words = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in parts.items()) if total > 0 else ""
+    below = f"<p>{html.escape(method_name(r.method))}: {html.escape(words)}.</p>" if words else ""
+    return f"<section><h2>Time</h2><table><thead>{head}</thead><tbody>{rows}</tbody></table>{below}</section>"
 
 
 def _provenance_table(r: Any) -> str:

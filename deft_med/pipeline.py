@@ -1,15 +1,14 @@
 """reconstruct(): the walk of one scan, from measurements to an image with its uncertainty."""
 
-import time
+import math
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deft_med import metrics
+from deft_med import metrics, trust
 from deft_med.bundle import Model
 from deft_med.errors import UsageError
 from deft_med.guidance import dds
@@ -19,13 +18,15 @@ from deft_med.problem import Problem, pose, with_known_noise
 from deft_med.sample import dpm, start
 from deft_med.schedule import Denoiser, sigmas
 from deft_med.simulate import slice_generator
+from deft_med.stopwatch import Clock, shares
+from deft_med.trust import DOUBTFUL
 from deft_med.volume import Scan, Volume
 
 METHODS = {"CT": ("deft", "fbp", "tv"), "MR": ("deft", "zero-filled", "cg-sense", "wavelet", "tv")}
 ESTIMATES = ("average", "mean", "sample")
 UNITS = {"CT": "HU", "MR": "a.u."}
 STEPS, SAMPLES = 20, 8
-DOUBTFUL = 2.0  # chi2 from which a result is shown with a warning
+TOGETHER = 8  # samples of a slice that are computed in one batch
 START = 3.0  # noise level around the posterior mean where samples start: far above the posterior's own spread
 
 
@@ -34,8 +35,10 @@ class Reconstruction:
     """What a run made: images in the scan's unit (HU, or a.u. for an MR magnitude) on its grid, and how they were made.
 
     ``beside`` holds the classical methods that every result is shown with, the baseline first; ``std`` is the posterior standard
-    deviation per pixel (None for one sample); ``metrics`` holds per-slice lists for every method where there is a reference; ``chi2``
-    the data misfit of mean, samples and the methods beside (1 is expected for a sample).
+    deviation per pixel (None for one sample), ``interval`` half the width of the interval about ``volume``; ``metrics`` holds per-slice
+    lists for every method where there is a reference; ``chi2`` the data misfit of mean, samples and the methods beside: 1 is
+    "expected" for a sample, up to "deviation" = sqrt(2 / M), M "measurements" in all slices. ``trust`` says what interval and chi2 are
+    worth (`deft_med.trust`), ``profile`` where the method's seconds went.
     """
 
     volume: Volume
@@ -54,11 +57,19 @@ class Reconstruction:
     title: str = ""
     warnings: tuple[str, ...] = ()
     cross_check: dict | None = None
+    interval: Volume | None = None
+    trust: dict = field(default_factory=dict)
+    profile: dict = field(default_factory=dict)
 
     @property
     def baseline(self) -> str:
         """The classical method that speaks for all of them: fbp or zero-filled."""
         return next(iter(self.beside))
+
+    @property
+    def failed(self) -> bool:
+        """Whether the check of quality failed; where the model's card does not know the protocol there is none."""
+        return self.trust.get("quality", {}).get("check") == "failed"
 
 
 def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft", estimate: str = "average", steps: int = STEPS,
@@ -78,7 +89,9 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
     Raises UsageError for an unknown method, estimate or device and for method 'deft' without a model.
     """
     _check(scan, method, estimate, model, steps, samples)
-    clock, place, warnings = _Clock(), _place(device), []
+    estimate = "mean" if method == "deft" and steps == 1 else estimate
+    place, warnings = device_of(device), []
+    clock, inner = Clock(place), Clock(place)
     count = samples if method == "deft" and estimate == "average" else 1
     if model is not None:
         use_half(model.to(place).deft, place)
@@ -88,6 +101,7 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
     slices, shown = len(scan.y), _Shown(progress, len(scan.y))
     results: dict[str, list[np.ndarray]] = {}
     chi2: dict[str, list[float]] = {}
+    measurements = 0
 
     def keep(name: str, problem: Problem, u: Tensor) -> None:
         results.setdefault(name, []).append(problem.picture(u)[0])
@@ -97,15 +111,17 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
         with torch.no_grad():
             with clock("operator"):
                 problem = posed(scan, index, model, place)
+            measurements += int(torch.as_tensor(problem.likelihood.count).sum())
             for name in problem.baselines if method == "deft" else problem.baselines[:1]:
                 if name != method:
                     with clock(name):
                         u, warning = problem.classical[name]()
                     keep(name, problem, u)
                     warnings += [f"slice {index + 1}: {name} {warning}"] if warning else []
-            with clock(method):
+            parts = {} if model is None else {"prior": model.deft.prior, "h": model.deft.h}
+            with clock(method), inner.within(**parts):
                 drawn, warning = solve(problem, method, model, steps=1 if estimate == "mean" else steps, samples=count, seed=seed,
-                                       index=index, progress=shown.of(index))
+                                       index=index, progress=shown.of(index), watch=lambda d: inner.timed("evaluation", d))
                 warnings += [f"slice {index + 1}: {method} {warning}"] if warning else []
             with clock("quality"):
                 keep("mean", problem, drawn.mean(1))
@@ -130,13 +146,36 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
                         "measurements, or their noise, coil maps or geometry are not what was assumed")
     elif "samples" in chi2 and misfits[worst] < 1 / DOUBTFUL:
         warnings.append(f"slice {worst + 1}: chi2 is {misfits[worst]:.2f} where 1 is expected: there is less noise than assumed")
+    beside = volumes or {method: volume}
+    interval: Volume | None = None
+    found: dict = {}
+    if method == "deft" and model is not None:
+        interval, found = _trusted(scan, model, volume, std, beside, chi2, count, math.sqrt(2 * slices / measurements))
+    if words := trust.verdict(found["quality"], scan.protocol) if "quality" in found else "":
+        warnings.append(words)
     drawn_by = {"estimate": estimate, "steps": 1 if estimate == "mean" else steps, "samples": count} if method == "deft" else {}
     provenance = {"method": method, **drawn_by, "seed": seed, "device": place.type, "protocol": scan.protocol, "noise": scan.noise_is}
     return Reconstruction(
-        volume=volume, std=std, beside=volumes or {method: volume}, reference=scan.reference, method=method, estimate=estimate,
+        volume=volume, std=std, interval=interval, trust=found, beside=beside, reference=scan.reference, method=method, estimate=estimate,
         samples=count, steps=1 if estimate == "mean" else steps, metrics=measured, timing=clock.seconds, provenance=provenance,
         simulated=scan.simulated, warnings=tuple(warnings),
-        chi2={name: sum(values) / len(values) for name, values in chi2.items()} | {"expected": 1.0})
+        profile=shares(inner.seconds, clock.seconds[method]) if method == "deft" else {},
+        chi2={name: sum(values) / len(values) for name, values in chi2.items()}
+        | {"expected": 1.0, "deviation": math.sqrt(2 / measurements), "measurements": measurements})
+
+
+def _trusted(scan: Scan, model: Model, volume: Volume, std: Volume | None, beside: dict[str, Volume], chi2: dict[str, list[float]],
+             samples: int, deviation: float) -> tuple[Volume | None, dict]:
+    """Half the width of the interval about DEFT's result, and what is said of the result beside its numbers."""
+    baseline = next(iter(beside))
+    rms = trust.changed(volume, beside[baseline], scan.modality, scan.reference)
+    found: dict = {"prior": {"rms": rms, "unit": volume.unit, "region": trust.REGIONS[scan.modality], "against": baseline}}
+    if "samples" in chi2:
+        found["quality"] = trust.judge(chi2["samples"], model.card, scan.protocol, deviation)
+    if std is None:
+        return None, found
+    half, found["interval"] = trust.interval(volume, std, samples, model.card, scan.protocol, scan.reference)
+    return half, found
 
 
 def posed(scan: Scan, index: int, model: Model | None, device: str | torch.device = "cpu") -> Problem:
@@ -147,13 +186,15 @@ def posed(scan: Scan, index: int, model: Model | None, device: str | torch.devic
 
 
 def solve(problem: Problem, method: str, model: Model | None, *, steps: int, samples: int, seed: int, index: int = 0,
-          progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, str]:
+          progress: Callable[[int, int], None] | None = None,
+          watch: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser) -> tuple[Tensor, str]:
     """One slice by one method: posterior samples (1, K, C, ny, nx), K = 1 for all but DEFT's, and a warning or nothing."""
     if method != "deft":
         u, warning = problem.classical[method]()
         return u[:, None], warning
     assert model is not None
-    return draw_posterior(problem.likelihood, model, steps=steps, samples=samples, seed=seed, first=index, progress=progress), ""
+    return draw_posterior(problem.likelihood, model, steps=steps, samples=samples, seed=seed, first=index, progress=progress,
+                          watch=watch), ""
 
 
 def posterior_denoiser(likelihood: Gaussian, model: Model, consistency: int | None = None) -> Denoiser:
@@ -164,35 +205,40 @@ def posterior_denoiser(likelihood: Gaussian, model: Model, consistency: int | No
 
 
 def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, samples: int = 1, seed: int = 0, first: int = 0,
-                   consistency: int | None = None, progress: Callable[[int, int], None] | None = None) -> Tensor:
+                   consistency: int | None = None, progress: Callable[[int, int], None] | None = None,
+                   watch: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser) -> Tensor:
     """Samples (S, K, C, ny, nx): the posterior mean in one evaluation at sigma_max, then K runs of steps - 1 levels around it.
 
-    With steps = 1 it is that mean, (S, 1, C, ny, nx). Slice k, sample j draw from (seed, first + k, j), and every item is computed
-    alone, so that its pixels do not depend on what else is reconstructed.
+    With steps = 1 it is that mean, (S, 1, C, ny, nx). Slice k, sample j draw from (seed, first + k, j), and slices are computed one by
+    one, so that their pixels do not depend on what else is reconstructed. Samples of a slice go ``TOGETHER``: a ray matrix that is read
+    once serves them all. ``watch`` may stand between the samplers and the denoisers.
     """
     slices, shape = len(likelihood.y), likelihood.shape
     levels = sigmas(max(1, steps - 1), low=model.sigma_min, high=START)
     done, total, items = 0, slices * (1 + (samples * (steps - 1) if steps > 1 else 0)), []
 
-    def tick(*_: object) -> None:
+    def tick(count: int) -> None:
         nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
+        for _ in range(count):
+            done += 1
+            if progress is not None:
+                progress(done, total)
 
     for index in range(slices):
         one = likelihood.take(torch.tensor([index])) if slices > 1 else likelihood
         x = start((1, *shape), model.sigma_max, [slice_generator(seed, first + index, purpose="start")], device=likelihood.y.device)
-        mean = posterior_denoiser(one, model, consistency)(x, x.new_full((1,), model.sigma_max))
-        tick()
+        mean = watch(posterior_denoiser(one, model, consistency))(x, x.new_full((1,), model.sigma_max))
+        tick(1)
         if steps == 1:
             items.append(mean)
             continue
-        for sample in range(samples):
-            generators = [slice_generator(seed, first + index, sample, purpose="sample")]
-            x = start(mean.shape, START, generators, mean, device=mean.device)
-            denoiser = posterior_denoiser(one, model, consistency)  # of its own: mirrors take turns from the first call on
-            items.append(dpm(denoiser, x, levels, eta=model.eta, generators=generators, callback=tick))
+        for low in range(0, samples, TOGETHER):
+            generators = [slice_generator(seed, first + index, k, purpose="sample") for k in range(low, min(samples, low + TOGETHER))]
+            count = len(generators)
+            x = start((count, *shape), START, generators, mean, device=mean.device)
+            same = one.take(torch.zeros(count, dtype=torch.long)) if count > 1 else one
+            denoiser = watch(posterior_denoiser(same, model, consistency))  # of its own: mirrors take turns from the first call on
+            items.append(dpm(denoiser, x, levels, eta=model.eta, generators=generators, callback=lambda *_, n=count: tick(n)))
     return torch.cat(items).reshape(slices, -1, *shape)
 
 
@@ -218,7 +264,8 @@ def _check(scan: Scan, method: str, estimate: str, model: Model | None, steps: i
         raise UsageError(f"steps and samples are at least 1, got {steps} and {samples}")
 
 
-def _place(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
+    """The device of a name, 'auto' for CUDA where there is one; UsageError for one that is not here."""
     try:
         place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
@@ -226,19 +273,6 @@ def _place(device: str) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("no CUDA device here: say --device cpu, or auto")
     return place
-
-
-class _Clock:
-    """Seconds per stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str):
-        begun = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begun
 
 
 class _Shown:

@@ -1,13 +1,15 @@
 """The inverse problem of one slice in the networks' unit u: what a modality is, to everything behind this page.
 
-CT: u = HU / 1000, line integrals, filtered backprojection. MR: u = image / s as two real channels, k-space through coil maps, where s
-(`intensity.scale_of`) and, where the scan does not bring them, coil maps and noise level come from the measurements alone.
+CT: u = HU / 1000, line integrals or counts, filtered backprojection; or thick slices, interpolation. MR: u = image / s as two real
+channels, k-space through coil maps, where s (`intensity.scale_of`) and, where the scan does not bring them, coil maps and noise level come
+from the measurements alone; or magnitudes through known codes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,14 +21,16 @@ from torch import Tensor
 from deft_med.errors import UnsupportedError
 from deft_med.intensity import Affine, Window, scale_of
 from deft_med.likelihood import Gaussian
+from deft_med.nonlinear import Magnitudes, Transmission
 from deft_med.simulate import unresolved
 from deft_med.volume import Scan, central
 from operators import coils, whiten
 from operators.analytic import FilteredBackprojection, WeightedAdjoint, approximate_inverse
 from operators.ct import MU_WATER, encode
-from operators.geometry import Cartesian, Trajectory
+from operators.geometry import Cartesian, ThickSlices, Trajectory
 from operators.mri import Complex, Fourier, NonCartesianMRI, encoding
 from operators.noise import estimate, gaussian
+from operators.slices import SliceInterpolation, SliceMean
 from operators.solve import cg_sense
 from operators.variational import Record, tv, wavelet
 
@@ -35,6 +39,7 @@ AIR = -1.0  # u of air: nothing is thinner
 TV_WEIGHT = 3.0  # CT: of the variation of u against |y - A u|^2 / (2 s^2); chosen on the tune subjects
 SENSE = 30.0  # MR: CG-SENSE's weight over sigma^2: three over the mean square of u
 SPARSE = {"wavelet": 0.3, "tv": 0.2}  # MR: weight times sigma, both for u; like SENSE from a slice of the tune subject
+BRIGHT = 1.7  # scale of an MR image (`intensity.scale_of`) over its root mean square: 1.6 to 2.0 in heads
 FEWEST = 8  # lines that ESPIRiT can do with
 CALIBRATION = (24, 24)  # centre of a gridded k-space that coil maps are taken from
 SUPPORT = 0.8  # eigenvalue above which ESPIRiT sees the object; at 0.95 edges are lost and chi2 of the best image doubles
@@ -50,7 +55,7 @@ class Problem:
     ``baselines`` name the classical methods that stand beside every result, the first one before all.
     """
 
-    likelihood: Gaussian
+    likelihood: Any  # a `likelihood.Likelihood`: Gaussian where the forward model is linear
     classical: Mapping[str, Classical]
     baselines: tuple[str, ...]
     picture: Callable[[Tensor], np.ndarray]  # u (K, C, ny, nx) -> [K, row, column] in the scan's unit
@@ -67,7 +72,11 @@ def pose(scan: Scan, index: int = 0, *, window: Window | None = None, filter: st
     assert scan.noise is not None
     y = torch.from_numpy(scan.y[index:index + 1])
     noise = torch.from_numpy(np.broadcast_to(scan.noise, scan.y.shape)[index:index + 1].copy())
-    return _ct(scan, y, noise, window or Window(), filter, device) if scan.modality == "CT" else _mr(scan, index, y, noise, device)
+    if scan.phaseless:
+        return _phaseless(scan, index, y, noise, device)
+    if isinstance(scan.acquisition, ThickSlices):
+        return _slices(scan, y, noise, window or Window(), device)
+    return _ct(scan, index, y, noise, window or Window(), filter, device) if scan.modality == "CT" else _mr(scan, index, y, noise, device)
 
 
 def with_known_noise(scan: Scan) -> Scan:
@@ -77,6 +86,8 @@ def with_known_noise(scan: Scan) -> Scan:
     """
     if scan.noise is not None:
         return scan
+    if scan.phaseless or isinstance(scan.acquisition, ThickSlices):
+        raise UnsupportedError("the noise of magnitudes and of thick slices cannot be told from the data: give the scan its noise")
     words = "estimated from the data"
     if scan.modality == "CT":
         return replace(scan, noise=estimate(torch.from_numpy(scan.y)).numpy(), noise_is=words)
@@ -93,28 +104,60 @@ def with_known_noise(scan: Scan) -> Scan:
     return replace(scan, noise=sigma.reshape(-1, *[1] * (scan.y.ndim - 1)), noise_is=words)
 
 
-def _ct(scan: Scan, y: Tensor, noise: Tensor, window: Window, filter: str, device: str | torch.device) -> Problem:
+def _ct(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter: str, device: str | torch.device) -> Problem:
     operator = encode(scan.grid, scan.acquisition, device)  # type: ignore[arg-type]
     sigma = unresolved(noise, max(scan.grid.spacing))
     mu = MU_WATER if scan.mu_water is None else scan.mu_water
-    likelihood = Gaussian(window.fold(operator, mu_water=mu), y[:, None].to(device), sigma[:, None].to(device),
-                          FilteredBackprojection(operator, window=filter))
+    lines = Gaussian(window.fold(operator, mu_water=mu), bridged(y, noise)[:, None].to(device), sigma[:, None].to(device),
+                     FilteredBackprojection(operator, window=filter))
+    likelihood: Gaussian | Transmission = lines
+    if scan.counts is not None:
+        read = torch.from_numpy(scan.counts.values[index:index + 1])[:, None].to(device)
+        likelihood = Transmission(lines, read, scan.counts.photons, scan.counts.electronic, scan.counts.ceiling)
 
     def fbp() -> tuple[Tensor, str]:
-        return likelihood.inverted_by(FilteredBackprojection(operator, window=FILTER)).direct(), ""
+        return lines.inverted_by(FilteredBackprojection(operator, window=FILTER)).direct(), ""
 
-    return Problem(likelihood, {"fbp": fbp, "tv": lambda: _told(*total_variation(likelihood, fbp()[0]))}, ("fbp",),
+    return Problem(likelihood, {"fbp": fbp, "tv": lambda: _told(*total_variation(lines, fbp()[0]))}, ("fbp",),
                    lambda u: window.restore(u)[:, 0].cpu().numpy(),
                    lambda acquisition, u: window.fold(encode(scan.grid, acquisition, device), mu_water=mu)(u)[:, 0],
                    lambda noise: unresolved(noise, max(scan.grid.spacing)),
                    lambda hu: window.normalise(torch.from_numpy(hu)[None, None]).to(device))
 
 
-def total_variation(likelihood: Gaussian, x0: Tensor, weight: float = TV_WEIGHT) -> tuple[Tensor, Record]:
-    """CT: argmin |y - A u|^2 / (2 s^2) + weight TV(u) over u >= air, and how far it converged."""
-    forward = likelihood.forward
+def bridged(y: Tensor, noise: Tensor) -> Tensor:
+    """Sinograms y (*batch, views, detectors) with what was not measured interpolated linearly along the detector (Kalender et al.,
+    Radiology 164(2), 1987): a guess for the direct reconstruction, which no likelihood looks at. A view without any ray stays 0."""
+    missing = torch.isinf(noise).expand(y.shape)
+    if not missing.any():
+        return y
+    rows, gone, bins = y.clone().reshape(-1, y.shape[-1]).numpy(), missing.reshape(-1, y.shape[-1]).numpy(), np.arange(y.shape[-1])
+    for row, hole in zip(rows, gone, strict=True):
+        if hole.any() and not hole.all():
+            row[hole] = np.interp(bins[hole], bins[~hole], row[~hole])
+    return torch.from_numpy(rows).reshape(y.shape)
+
+
+def _slices(scan: Scan, y: Tensor, noise: Tensor, window: Window, device: str | torch.device) -> Problem:
+    means = SliceMean(scan.acquisition).to(device)
+    likelihood = Gaussian(Affine(means, window.scale, window.offset), y[:, None].to(device), noise[:, None].to(device),
+                          SliceInterpolation(scan.acquisition).to(device))
+
+    def interpolated() -> tuple[Tensor, str]:
+        return likelihood.direct(), ""
+
+    return Problem(likelihood, {"interpolation": interpolated, "tv": lambda: _told(*total_variation(likelihood, interpolated()[0]))},
+                   ("interpolation",), lambda u: window.restore(u)[:, 0].cpu().numpy(),
+                   lambda acquisition, u: SliceMean(acquisition).to(device)(window.restore(u))[:, 0], lambda noise: noise,
+                   lambda hu: window.normalise(torch.from_numpy(hu)[None, None]).to(device))
+
+
+def total_variation(likelihood: Gaussian | Transmission, x0: Tensor, weight: float = TV_WEIGHT) -> tuple[Tensor, Record]:
+    """CT: argmin |y - A u|^2 / (2 s^2) + weight TV(u) over u >= air, and how far it converged; of counts, their logarithm's."""
+    linear = likelihood.lines if isinstance(likelihood, Transmission) else likelihood
+    forward = linear.forward
     shift = forward(torch.zeros_like(x0))
-    return tv(forward.operator * forward.a, likelihood.y - shift, weight, sigma=likelihood.sigma, x0=x0.clamp(min=AIR), lower=AIR,
+    return tv(forward.operator * forward.a, linear.y - shift, weight, sigma=linear.sigma, x0=x0.clamp(min=AIR), lower=AIR,
               max_iterations=ITERATIONS)
 
 
@@ -152,6 +195,27 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, device: str | torch.de
                  "wavelet": sparse(wavelet, "wavelet"), "tv": sparse(tv, "tv")}
     return Problem(likelihood, classical, ("zero-filled", "cg-sense", "wavelet"), picture,
                    lambda other, u: (encoding(other, maps) @ channels)(scale * u), lambda noise: noise)
+
+
+def _phaseless(scan: Scan, index: int, y: Tensor, noise: Tensor, device: str | torch.device) -> Problem:
+    """Magnitudes of k-space through known codes; the unit of u comes from their energy, which an isometry keeps."""
+    codes = torch.from_numpy(scan.maps[index])  # type: ignore[index]
+    codes = (codes / torch.linalg.vector_norm(codes, dim=0).clamp(min=1e-30)).to(device)
+    acquisition: Cartesian | Trajectory = scan.acquisition  # type: ignore[assignment]
+    measured, level = _measured(y.real, scan), _measured(noise, scan)
+    power = float((measured.square() - level.square()).sum()) / math.prod(acquisition.shape) * acquisition.acceleration
+    scale = BRIGHT * math.sqrt(max(power, 0.0)) or 1.0
+    physics, channels = encoding(acquisition, codes), Complex(acquisition.shape)
+    likelihood = Magnitudes(Affine(physics @ channels, scale, 0.0), y.real.to(device), noise.to(device),
+                            channels.H @ WeightedAdjoint(physics), count=len(codes) * acquisition.samples,
+                            ratio=1 / acquisition.acceleration)
+
+    def projections() -> tuple[Tensor, str]:
+        return likelihood.direct(), ""
+
+    return Problem(likelihood, {"projections": projections}, ("projections",),
+                   lambda u: central(torch.linalg.vector_norm(u, dim=1).mul(scale).cpu().numpy(), scan.picture),
+                   lambda other, u: (encoding(other, codes) @ channels)(scale * u).abs().to(torch.complex64), lambda noise: noise)
 
 
 def coil_maps(kspace: Tensor, region: coils.Calibration, sigma: float = 0.0) -> Tensor:

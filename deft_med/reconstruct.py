@@ -3,6 +3,10 @@
 INPUT is a measurement: sinogram.npz, k-space as fastMRI or ISMRMRD (MRD) HDF5 or as complex .npy. Or it is an image: a DICOM file
 (that slice), a folder of one DICOM series, a NIfTI file. An image holds no measurements: it is studied retrospectively under
 --protocol, and everything that is written says SIMULATED.
+
+Exit codes: 0 done; 2 usage; 3 input readable but not for us; 4 input broken; 6 resources; 7 output in the way; 8 the model does not
+fit; 9 done, but chi2 of the samples is above what the model's card knows of this protocol: results are written, marked CHECK FAILED,
+and want a look before use. A batch may take 0 and 9 for "results are there" and everything else for "they are not".
 """
 
 import argparse
@@ -41,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace the output of an earlier run")
     p.add_argument("--allow-lossy", action="store_true", help="accept a source that went through lossy compression; recorded")
     p.add_argument("--out-of-scope-ok", action="store_true", help="run a scan that the model's card does not cover; recorded")
+    p.add_argument("--quality-ok", action="store_true",
+                   help="end with 0, not 9, where the check of quality fails; the result is written and marked either way")
     p.add_argument("--quiet", action="store_true", help="no progress, no lines but errors")
     p.add_argument("--json", action="store_true", help="print run.json to standard output at the end")
     p.add_argument("--version", action="store_true", help="print the version and exit")
@@ -170,6 +176,18 @@ def run(arguments: argparse.Namespace) -> None:
 
         print(json.dumps(record, indent=2))
     say(summary(result, arguments.out))
+    if result.failed and not arguments.quality_ok:
+        from deft_med.errors import QualityError
+
+        raise QualityError(f"quality check failed: {failure(result)}; the result is written, marked: look at it before use, or say "
+                           "--quality-ok")
+
+
+def failure(result) -> str:
+    """Why the check of quality failed; empty where it did not."""
+    from deft_med.trust import verdict
+
+    return verdict(result.trust["quality"], result.provenance["protocol"]) if result.failed else ""
 
 
 def phantom():
@@ -202,28 +220,34 @@ def publish(result, source, out, arguments, wanted: str, model, flags: list[str]
         "model": None if model is None else f"{model.card.name} {model.card.version}",
         "model_sha256": None if model is None else model.card.sha256, "source": source.kind, "source_sha256": source.digest,
         "simulated": result.simulated, "lossy_source": source.lossy, "out_of_scope": flags, "placed": source.placed, "sized": source.sized,
+        "quality": "failed" if result.failed else None,
     }
     what = f"Retrospective {source.modality} study" if result.simulated else f"{source.modality} reconstruction"
     title = f"{what}: {result.method.upper()}"
     result = dataclasses.replace(result, provenance=provenance, warnings=(*result.warnings, *flags), title=title)
-    record = {"provenance": provenance, "metrics": result.metrics, "chi2": result.chi2, "cross_check": result.cross_check,
-              "seconds": result.timing,
+    record = {"provenance": provenance, "metrics": result.metrics, "chi2": result.chi2, "trust": result.trust,
+              "cross_check": result.cross_check, "seconds": result.timing, "profile": result.profile,
               "warnings": list(result.warnings), "notes": "research use only, not a medical device"}
     how = (f"deft_med {__version__}, method {result.method}, estimate {result.estimate}, {result.samples} samples, "
            f"seed {arguments.seed}, protocol {provenance['protocol']}")
-    base = result.baseline.replace("-", "_")
-    pictures = [("", result.method.upper(), result.volume, f"{result.method.upper()} reconstruction", how),
-                (f"_{base}", base.upper(), result.beside[result.baseline], f"{base} baseline", f"deft_med {__version__}, {base}")]
+    if result.failed:
+        how = f"QUALITY CHECK FAILED: {failure(result)}; {how}"
+    name, base, marked = result.method.upper(), result.baseline.replace("-", "_"), "CHECK FAILED, " if result.failed else ""
+    forms = ("dicom", "nifti") if wanted == "both" else (wanted,)
+    pictures = [("", name, result.volume, f"{marked}{name} reconstruction", how, forms),
+                (f"_{base}", base.upper(), result.beside[result.baseline], f"{base} baseline", f"deft_med {__version__}, {base}", forms)]
     if result.std is not None:
-        spread = f"posterior standard deviation of {result.samples} samples"
-        pictures.append(("_std", "STDDEV", result.std, "standard deviation", f"{spread}, {how}"))
+        width = interval_words(result)
+        spread = f"posterior standard deviation of {result.samples} samples ({width})"
+        pictures += [("_std", "STDDEV", result.std, f"{marked}standard deviation", f"{spread}, {how}", forms),  # times one number, it is:
+                     ("_interval", "INTERVAL", result.interval, f"{marked}half-width of the interval", f"{width}, {how}", ("nifti",))]
     with published(out, arguments.overwrite) as folder:
-        for suffix, kind, volume, description, derivation in pictures:
-            for form, name in (("dicom", f"dicom{suffix}"), ("nifti", f"volume{suffix}.nii.gz")):
-                if wanted in (form, "both"):
-                    record["clipped"] = record.get("clipped", 0) + io.write(
-                        volume, folder / name, source, format=form, kind=kind, description=description, derivation=derivation,
-                        simulated=result.simulated, uid_entropy=[f"{key} {value}" for key, value in provenance.items()])
+        for suffix, kind, volume, description, derivation, forms in pictures:
+            for form in forms:
+                file = folder / (f"dicom{suffix}" if form == "dicom" else f"volume{suffix}.nii.gz")
+                record["clipped"] = record.get("clipped", 0) + io.write(
+                    volume, file, source, format=form, kind=kind, description=description, derivation=derivation,
+                    simulated=result.simulated, uid_entropy=[f"{key} {value}" for key, value in provenance.items()])
         report.report_png(result, folder / "report.png")
         report.report_html(result, folder / "report.html")
         write_record(folder, record)
@@ -239,14 +263,24 @@ def summary(result, out: str) -> str:
     if result.cross_check:
         missed = {name: 100 * found["error"] for name, found in result.cross_check["methods"].items()}
         parts.append(f"held-out error {missed[result.method]:.1f} %{_beside(result, missed, '.1f')}")
-    parts.append(f"chi2 {result.chi2.get('samples', result.chi2['mean']):.3f}")
+    known = [("samples", "samples"), ("mean", "mean"), (BASELINES.get(result.baseline, result.baseline), result.baseline)]
+    misfits = [f"{result.chi2[key]:.3f} ({name})" for name, key in known if key in result.chi2]
+    parts.append(f"chi2 {', '.join(misfits)}, expected 1 +- {result.chi2['deviation']:.3f}")
     return f"done in {sum(result.timing.values()):.1f} s: {', '.join(parts)}; open {out}/report.html"
+
+
+def interval_words(result) -> str:
+    """How to read the standard deviation as an interval."""
+    from deft_med.trust import worth
+
+    made = result.trust["interval"]
+    return f"the {100 * made['level']:g} % interval is the image +- {made['half_width_in_std']:.4g} standard deviations, {worth(made)}"
 
 
 def _beside(result, values: dict, form: str) -> str:
     """The same of the baseline, unless that is what was asked for."""
     name = result.baseline
-    return "" if name == result.method else f" ({BASELINES[name]} {values[name]:{form}})"
+    return "" if name == result.method else f" ({BASELINES.get(name, name)} {values[name]:{form}})"
 
 
 class _Bar:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from operators.geometry import Cartesian, FanBeam, ParallelBeam, Trajectory
+from operators.geometry import Cartesian, FanBeam, ParallelBeam, ThickSlices, Trajectory
 
 if TYPE_CHECKING:
     from operators.geometry import Grid
@@ -68,6 +68,17 @@ class Volume:
             raise ValueError(f"with_data needs shape {self.shape}, got {other.shape}: use resample_to to change the grid")
         return other
 
+    def reformat(self, plane: str) -> Volume:
+        """The same voxels of an axial volume as "coronal" images [row, slice, column] or "sagittal" ones [column, slice, row].
+
+        ValueError for another plane.
+        """
+        orders = {"coronal": (1, 0, 2), "sagittal": (2, 0, 1)}
+        if plane not in orders:
+            raise ValueError(f"reformat needs 'coronal' or 'sagittal', got {plane!r}")
+        order = orders[plane]
+        return Volume(self.data.transpose(order), self.affine[:, [*(2 - axis for axis in reversed(order)), 3]], self.unit)
+
     def coarsen(self, factor: int) -> Volume:
         """Area mean over ``factor`` x ``factor`` pixels in every slice; the edges of the field of view stay.
 
@@ -101,17 +112,50 @@ class Volume:
 
 
 @dataclass(frozen=True, eq=False)
+class Counts:
+    """What a transmission scan's detector read, beside the line integrals taken from it.
+
+    Attributes:
+        values: counts, float32, shaped like the scan's y; read-out noise makes them real, starved rays may be below zero.
+        photons: photons per ray before the object.
+        electronic: standard deviation of the read-out noise in counts.
+        ceiling: the most that the detector can tell: rays at it are saturated; None for no limit.
+
+    Raises:
+        ValueError: counts that are not finite or above the ceiling, photons or ceiling not positive, a negative electronic noise.
+    """
+
+    values: Floats
+    photons: float
+    electronic: float = 0.0
+    ceiling: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", _floats("Counts.values", self.values))
+        if not self.photons > 0 or not self.electronic >= 0 or (self.ceiling is not None and not self.ceiling > 0):
+            raise ValueError("Counts wants photons > 0, electronic >= 0 and a ceiling > 0 or None, "
+                             f"got {self.photons}, {self.electronic} and {self.ceiling}")
+        if self.ceiling is not None and self.values.size and self.values.max() > self.ceiling:
+            raise ValueError(f"Counts.values must not exceed the ceiling {self.ceiling:g}, got {self.values.max():g}")
+
+    def part(self, index: Any) -> Counts:
+        """The counts of ``values[index]``."""
+        return replace(self, values=self.values[index])
+
+
+@dataclass(frozen=True, eq=False)
 class Scan:
     """Measurements, the geometry that made them, and the grid to reconstruct on.
 
     Attributes:
         y: CT: float32 [slice, view, detector], line integrals of the attenuation (1, no unit); (views, detectors) is one slice.
             MR: complex64 [slice, coil, ky, kx] on the grid, k = 0 at n // 2, exactly 0 where nothing was measured
-            ([slice, coil, sample] along a trajectory); one axis less is one slice.
-        acquisition: what was measured: `operators.geometry` ParallelBeam or FanBeam (CT), Cartesian or Trajectory (MR).
+            ([slice, coil, sample] along a trajectory); one axis less is one slice. Exactly 0 also where `noise` is infinite.
+            Through thick slices: float32 [image, slice, column] in HU.
+        acquisition: what was measured: `operators.geometry` ParallelBeam, FanBeam or ThickSlices (CT), Cartesian or Trajectory (MR).
         grid: `operators.geometry.Grid` of the reconstruction; for MR, of the k-space matrix, (1, 1) mm where its size is not known.
         noise: standard deviation of y (MR: of its real and of its imaginary part), an array that broadcasts to y, or None where it
-            is not known.
+            is not known. CT: inf where a ray was not measured.
         noise_is: "given", or how it was found from the data, for the record.
         reference: the true image, where there is one: HU on the grid, or the magnitude ("a.u.") on the picture.
         affine: float64 (4, 4), maps (column, row, slice, 1) of the grid to LPS mm; None where the place is not known.
@@ -120,9 +164,12 @@ class Scan:
         maps: MR: coil maps, complex64 [slice, coil, row, column] on the grid, brought to unit sum of squares in use, or None.
         mu_water: CT: attenuation of water at the scan's energy, 1/mm; None is 0.0192 (about 70 keV).
         crop: MR: (rows, columns) of the picture, the central part of the grid (`central`); None is all of it.
+        counts: CT: the `Counts` that y and noise were taken from, to be reconstructed by their own likelihood; None where only y is known.
+        phaseless: MR: y is |A x| plus real noise (imaginary part 0), and ``maps`` are the known codes of a coded diffraction experiment.
 
     Raises:
-        ValueError: shapes that do not fit each other, values that are not finite, noise that is not positive, MR fields in CT.
+        ValueError: shapes that do not fit each other, values that are not finite, noise that is not positive, fields of one modality in
+            the other.
     """
 
     y: NDArray[Any]  # Floats in CT, Complexes in MR: `modality` says which
@@ -137,20 +184,15 @@ class Scan:
     crop: tuple[int, int] | None = None
     mu_water: float | None = None
     noise_is: str = "given"
+    counts: Counts | None = None
+    phaseless: bool = False
 
     def __post_init__(self) -> None:
         check = _check_ct if self.modality == "CT" else _check_mr
         y = check(self)
         object.__setattr__(self, "y", y)
         if self.noise is not None:
-            noise = _floats("Scan.noise", self.noise)
-            try:
-                np.broadcast_to(noise, y.shape)
-            except ValueError:
-                raise ValueError(f"Scan.noise must broadcast to the shape of y {y.shape}, got shape {noise.shape}") from None
-            if not (noise > 0).all():
-                raise ValueError("Scan.noise is a standard deviation and must be positive everywhere; give None where it is not known")
-            object.__setattr__(self, "noise", noise)
+            object.__setattr__(self, "noise", _check_noise(self, y))
         if self.affine is not None:
             object.__setattr__(self, "affine", _affine("Scan.affine", self.affine))
         if self.reference is not None and self.reference.shape != (len(y), *self.picture):
@@ -159,7 +201,7 @@ class Scan:
     @property
     def modality(self) -> str:
         """CT or MR, by the acquisition."""
-        return "CT" if isinstance(self.acquisition, ParallelBeam | FanBeam) else "MR"
+        return "CT" if isinstance(self.acquisition, ParallelBeam | FanBeam | ThickSlices) else "MR"
 
     @property
     def picture(self) -> tuple[int, int]:
@@ -199,16 +241,24 @@ def _first(length: int, part: int) -> int:
 
 
 def _check_ct(scan: Scan) -> Floats:
-    if scan.maps is not None or scan.crop is not None:
-        raise ValueError("Scan.maps and Scan.crop are of MR; leave them out for CT")
+    if scan.maps is not None or scan.crop is not None or scan.phaseless:
+        raise ValueError("Scan.maps, Scan.crop and Scan.phaseless are of MR; leave them out for CT")
     if scan.mu_water is not None and not 0 < scan.mu_water < 1:
         raise ValueError(f"Scan.mu_water is water's attenuation in 1/mm, about 0.02, got {scan.mu_water:g}")
     y = _floats("Scan.y", scan.y)
     if y.ndim == 2:
         y = y[None]
-    expected = tuple(scan.acquisition.shape)
+    expected, thick = tuple(scan.acquisition.shape), isinstance(scan.acquisition, ThickSlices)
     if y.ndim != 3 or len(y) == 0 or y.shape[1:] != expected:
-        raise ValueError(f"Scan.y must be [slice, view, detector] with (views, detectors) = {expected}, got shape {y.shape}")
+        axes = ("[image, slice, column]", "(slices, columns)") if thick else ("[slice, view, detector]", "(views, detectors)")
+        raise ValueError(f"Scan.y must be {axes[0]} with {axes[1]} = {expected}, got shape {y.shape}")
+    if thick and scan.grid.shape != (scan.acquisition.rows, scan.acquisition.columns):
+        raise ValueError(f"Scan.grid must have the rows and columns of the thick slices, got {scan.grid.shape}")
+    if scan.counts is not None:
+        values = scan.counts.values if scan.counts.values.ndim == 3 else scan.counts.values[None]
+        if thick or values.shape != y.shape:
+            raise ValueError(f"Scan.counts belong to rays and must be shaped like y {y.shape}, got {values.shape}")
+        object.__setattr__(scan, "counts", replace(scan.counts, values=values))
     return y
 
 
@@ -227,6 +277,10 @@ def _check_mr(scan: Scan) -> Complexes:
         raise ValueError(f"Scan.grid must have the shape of the k-space matrix {geometry.shape}, got {scan.grid.shape}")
     if isinstance(geometry, Cartesian) and y[..., ~geometry.mask].any():
         raise ValueError("Scan.y must be exactly 0 where the mask says that nothing was measured")
+    if scan.counts is not None:
+        raise ValueError("Scan.counts are of CT; leave them out for MR")
+    if scan.phaseless and (y.imag.any() or scan.maps is None):
+        raise ValueError("a phaseless Scan holds magnitudes (imaginary part exactly 0) and must bring its codes as Scan.maps")
     if scan.maps is not None:
         maps = _complexes("Scan.maps", scan.maps)
         if maps.shape != (*y.shape[:2], *scan.grid.shape):
@@ -239,6 +293,26 @@ def _check_mr(scan: Scan) -> Complexes:
                 raise ValueError(f"Scan.crop must lie within the grid {scan.grid.shape}, got {(rows, columns)}")
         object.__setattr__(scan, "crop", (rows, columns))
     return y
+
+
+def _check_noise(scan: Scan, y: NDArray[Any]) -> Floats:
+    """The noise of a scan; in CT it may be infinite where y is 0 for want of a measurement."""
+    given = np.asarray(scan.noise)
+    missing = np.isposinf(given) if scan.modality == "CT" and given.dtype.kind == "f" else np.zeros(given.shape, bool)
+    noise = _floats("Scan.noise", np.where(missing, 1, given) if missing.any() else given)
+    try:
+        np.broadcast_to(noise, y.shape)
+    except ValueError:
+        raise ValueError(f"Scan.noise must broadcast to the shape of y {y.shape}, got shape {noise.shape}") from None
+    if not (noise > 0).all():
+        raise ValueError("Scan.noise is a standard deviation and must be positive everywhere; give None where it is not known")
+    if missing.any():
+        there = np.broadcast_to(missing, y.shape)
+        if y[there].any() or there.all((1, 2)).any():
+            raise ValueError("Scan.noise is infinite where a ray was not measured: y must be exactly 0 there, and some rays of every "
+                             "slice must be measured")
+        noise = np.where(missing, np.float32(np.inf), noise)
+    return noise
 
 
 def _complexes(name: str, values: ArrayLike) -> Complexes:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from numpy.polynomial.chebyshev import chebadd, chebinterpolate, chebmul
+from numpy.polynomial import Chebyshev
 from scipy.spatial import ConvexHull, QhullError, Voronoi, cKDTree
 from torch import Tensor
 
@@ -329,14 +329,13 @@ class SenseInverse(LinearOperator):
         if not (largest > 0).all():
             raise ValueError("the coil maps are zero everywhere")
         self.register_buffer("_largest", largest.double(), persistent=False)
-        inverse = chebinterpolate(lambda x: 1 / ((1 + x) / 2 + weight), degree - 1)  # type: ignore[type-var]
-        # (1 + w) / (l + w) = 1 + (1 - l) / (l + w): exactly 1 at l = 1, where all was measured
-        self._series = chebadd([1.0], chebmul([0.5, -0.5], inverse)).tolist()
+        # (1 + w) / (l + w) = 1 + (1 - l) / (l + w), exactly 1 at l = 1, where all was measured; l = (1 + x) / 2
+        series = 1 + Chebyshev([0.5, -0.5]) * Chebyshev.interpolate(lambda x: 1 / ((1 + x) / 2 + weight), degree - 1)
+        self._series: list[float] = series.coef.tolist()
 
     def _unfold(self, x: Tensor) -> Tensor:
         """The series in 2 A.H A - 1 applied to x, by Clenshaw's recurrence."""
-        x = x / self._largest.to(x.real.dtype)
-        double = 2 / self._largest.to(x.real.dtype)
+        x, double = (value / self._largest.to(x.real.dtype) for value in (x, 2))
         ahead, behind = self._series[-1] * x, torch.zeros_like(x)
         for coefficient in self._series[-2:0:-1]:
             ahead, behind = coefficient * x + 2 * (double * self.normal._forward(ahead) - ahead) - behind, ahead

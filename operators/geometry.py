@@ -1,4 +1,4 @@
-"""Scanner geometry as frozen values, in mm and rad: where a ray runs in CT, where k-space is sampled in MRI.
+"""Scanner geometry as frozen values, in mm and rad: where a ray runs in CT, where k-space is sampled in MRI, how thick slices are.
 
 The formulas are those of ODL's `Parallel2dGeometry` and `FanBeamGeometry`; `operators.odl_bridge` converts both ways and a test
 holds the two equal to 1e-12. They are carried here because importing ODL takes seconds and changes global settings, which a command
@@ -270,6 +270,49 @@ class Trajectory:
         ny, nx = self.shape
         row, column = np.rint(self.points.T.astype(np.float64) * [[ny], [nx]] / (2 * np.pi)).astype(np.int64)
         return ny * nx / np.unique(row % ny * nx + column % nx).size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThickSlices:
+    """Slices of several rows each, along the first axis of an image whose rows run through-plane (a coronal or sagittal one).
+
+    Attributes:
+        rows, columns: the image's.
+        factor: distance between slices, in rows; the last slice may hold fewer.
+        fwhm: full width at half maximum of a Gaussian slice profile, in rows; None for the plain mean of the ``factor`` rows.
+
+    Raises:
+        ValueError: a count below one, more rows to a slice than there are, or a width that is not positive and finite.
+    """
+
+    rows: int
+    columns: int
+    factor: int
+    fwhm: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns", "factor"):
+            object.__setattr__(self, name, _count(f"ThickSlices.{name}", getattr(self, name)))
+        if self.factor > self.rows:
+            raise ValueError(f"ThickSlices.factor must be at most the {self.rows} rows, got {self.factor}")
+        if self.fwhm is not None:
+            object.__setattr__(self, "fwhm", _length("ThickSlices.fwhm", self.fwhm))
+
+    @property
+    def slices(self) -> int:
+        """Number of slices."""
+        return -(-self.rows // self.factor)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(slices, columns) of what is measured."""
+        return self.slices, self.columns
+
+    @property
+    def centres(self) -> Array:
+        """Slice centres in rows (slices,)."""
+        first = self.factor * np.arange(self.slices)
+        return (first + np.minimum(first + self.factor, self.rows) - 1) / 2
 
 
 def _bytes(name: str, text) -> bytes:

@@ -12,11 +12,13 @@ import numpy as np
 import pydicom
 import pytest
 from bad_inputs import BAD_INPUTS, CANARY
+from test_bundle import CARD, ENTRY, states
 
-from deft_med import io
+from deft_med import bundle, io
+from deft_med.attribution import attribution
 from deft_med.errors import OutputError
 from deft_med.publish import check_target, published
-from deft_med.reconstruct import main
+from deft_med.reconstruct import main, parser
 
 CASES = sorted(BAD_INPUTS)
 
@@ -130,6 +132,69 @@ def test_the_phantom_with_a_cross_check(tmp_path: Path, capsys: pytest.CaptureFi
     provenance = json.loads((out / "run.json").read_text())["provenance"]
     assert provenance["method"] == "cg-sense" and "samples" not in provenance
     assert set(json.loads((out / "run.json").read_text())["cross_check"]["methods"]) == {"zero-filled", "cg-sense"}
+
+
+@pytest.fixture()
+def chest(tmp_path: Path) -> Path:
+    """A small untrained model of chests, calibrated on the small protocol: no sample of its agrees with a measurement."""
+    one = {"factor": 1.4, "coverage_raw": 0.8, "coverage": 0.9, "chi2_99": 1.1, "samples": 2, "subjects": 3, "slices": 9, "command": "c"}
+    card = {**CARD, "anatomy": ["chest"], "calibration": {"small": one}}
+    bundle.save(tmp_path / "chest", *states(), card, attribution([ENTRY]))
+    (tmp_path / "small.yaml").write_text("views: 24\nnoise: {gaussian_percent: 3.5}\ngrid: 128\n")
+    return tmp_path / "chest"
+
+
+def deft(model: Path, *arguments: object) -> int:
+    """Two quick samples, from the folder that the model's protocol lies in."""
+    return main(["--protocol", str(model.parent / "small.yaml"), "--model", str(model), "--samples", "2", "--steps", "2", "--device", "cpu",
+                 *map(str, arguments)])
+
+
+def scanned(part: str, folder: Path, mm: float = 0.431) -> Path:
+    """The example head as a file that names another part of the body, or another pixel size."""
+    ds = pydicom.dcmread(io.example("ct"))
+    ds.BodyPartExamined, ds.PixelSpacing = part, [f"{mm:.4f}"] * 2
+    ds.save_as(folder / f"{part}.dcm")
+    return folder / f"{part}.dcm"
+
+
+def test_a_head_or_another_pixel_size_is_refused_by_a_card_of_chests(chest: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert deft(chest, scanned("HEAD", tmp_path), "--quiet", "--out", out) == 8
+    line = capsys.readouterr().err
+    assert "anatomy head: the model was trained on chest" in line and "--out-of-scope-ok" in line and len(line.splitlines()) == 1
+    assert deft(chest, scanned("CHEST", tmp_path, mm=0.8), "--quiet", "--out", out) == 8
+    assert "pixel size 3.2 mm: the model was trained on 0.7 to 2.2 mm" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_what_contradicts_the_data_is_written_marked_and_ends_with_9(chest: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A head that passes for a chest: the card cannot know, chi2 can."""
+    out, source = tmp_path / "out", scanned("CHEST", tmp_path)
+    assert deft(chest, source, "--format", "both", "--out", out) == 9
+    *_, done, error = capsys.readouterr().err.strip().splitlines()
+    assert done.startswith("done in") and "expected 1 +- 0.0" in done and "(samples)" in done and "(FBP)" in done
+    assert error.startswith("deft_med: error: quality check failed: chi2 of the samples is up to") and "--quality-ok" in error
+    record = json.loads((out / "run.json").read_text())
+    assert record["provenance"]["quality"] == "failed" and any("above 1.1, below which 99 %" in w for w in record["warnings"])
+    assert record["trust"]["quality"]["above"] == [1] and record["trust"]["quality"]["chi2"][0] > 2 and record["trust"]["prior"]["rms"] > 0
+    assert set(record["profile"]) == {"prior", "h", "operators", "rest"}
+    assert "CHECK FAILED" in (out / "report.html").read_text("utf-8")
+    for name, marked in (("dicom", True), ("dicom_std", True), ("dicom_fbp", False)):
+        series = pydicom.dcmread(next((out / name).glob("*.dcm")))
+        assert ("CHECK FAILED" in series.SeriesDescription) is marked is ("QUALITY CHECK FAILED" in series.DerivationDescription)
+        assert series.SeriesDescription.startswith("SIMULATED RESEARCH")
+    assert "the 90 % interval is the image +-" in pydicom.dcmread(next((out / "dicom_std").glob("*.dcm"))).DerivationDescription
+    half, std = (io.read(out / f"volume_{name}.nii.gz").volume.data for name in ("interval", "std"))
+    assert record["trust"]["interval"]["calibrated_on"] == "small"
+    assert np.allclose(half, record["trust"]["interval"]["half_width_in_std"] * std, rtol=1e-4)
+    assert deft(chest, source, "--quality-ok", "--quiet", "--overwrite", "--out", out) == 0
+    assert json.loads((out / "run.json").read_text())["provenance"]["quality"] == "failed", "the flag changes the code alone"
+
+
+def test_the_help_says_what_9_is() -> None:
+    text = parser().format_help()
+    assert "9 done, but chi2" in text and "--quality-ok" in text
 
 
 @pytest.mark.slow

@@ -77,6 +77,54 @@ def test_coverage_of_true_samples_is_the_level(rng: np.random.Generator, k: int,
     assert found == pytest.approx(level, abs=4 * math.sqrt(level * (1 - level) / truth.size))
 
 
+@pytest.mark.parametrize("k", [4, 8])
+@pytest.mark.parametrize("scale, expected", [(1.0, 1.0), (0.5, 2.0), (2.0, 0.5)])
+def test_the_factor_of_an_interval_makes_up_for_a_wrong_spread(rng: np.random.Generator, k: int, scale: float, expected: float) -> None:
+    """Draws whose spread is `scale` times the truth's, about its mean: found within 2 %, and the interval then holds what it says."""
+    draws = rng.normal(size=(k + 1, 100_000))
+    mean, std, truth = draws[:k].mean(0), scale * draws[:k].std(0, ddof=1), draws[k]
+    missed = metrics.misses(mean, std, k, truth)
+    factor = metrics.calibration_factor(missed)
+    assert factor == pytest.approx(expected, rel=0.02)
+    assert metrics.coverage(mean, std, k, truth, factor=factor) == pytest.approx(0.9, abs=0.002)
+    assert np.mean(missed <= 1) == metrics.coverage(mean, std, k, truth)
+    low, high = metrics.interval(mean, std, k, factor=factor)
+    assert np.mean((low <= truth) & (truth <= high)) == pytest.approx(0.9, abs=0.002)
+    assert (high - low) / 2 == pytest.approx(factor * metrics.reach(k) * std)
+
+
+def test_the_interval_in_closed_form() -> None:
+    assert metrics.reach(8, 0.9) == pytest.approx(1.894579 * math.sqrt(9 / 8), rel=1e-6)
+    assert metrics.reach(100_000, 0.9) == pytest.approx(1.644854, rel=1e-4)
+    low, high = metrics.interval([10.0], [2.0], 2, 0.9)
+    assert (low[0], high[0]) == pytest.approx((10 - 2 * 6.313752 * math.sqrt(1.5), 10 + 2 * 6.313752 * math.sqrt(1.5)), rel=1e-6)
+    mask = np.array([True, True, True, False])
+    found = metrics.misses([1.0, 1, 1, 9], [0.0, 0, 1, 1], 4, [1.0, 2, 1 + metrics.reach(4), 0], mask=mask)
+    assert found.tolist() == [0, math.inf, pytest.approx(1)]
+
+
+def test_weights_of_a_quantile() -> None:
+    assert metrics.weighted_quantile([3, 1, 2], 0.5) == 2 and metrics.weighted_quantile([1, 2], 0.99) == 2
+    many = [1.0] * 1000 + [2.0] * 10  # two subjects, of whom one has a hundred times the pixels
+    assert metrics.weighted_quantile(many, 0.75, [1 / 1000] * 1000 + [1 / 10] * 10) == 2 != metrics.weighted_quantile(many, 0.75)
+    for weights in ([0, 0], [1], [1, -1]):
+        with pytest.raises(ValueError, match="one per value, not negative"):
+            metrics.weighted_quantile([1, 2], 0.5, weights)
+
+
+def test_ranks_are_flat_for_true_samples_and_tell_wrong_ones(rng: np.random.Generator) -> None:
+    draws = rng.normal(size=(5, 3, 120, 100))
+    flat = metrics.rank_histogram(draws[:4], draws[4])
+    assert flat == pytest.approx(np.full(5, 0.2), abs=4 * math.sqrt(0.16 / draws[4].size)) and flat.sum() == pytest.approx(1)
+    alike, biased = metrics.rank_histogram(0.5 * draws[:4], draws[4]), metrics.rank_histogram(draws[:4] - 1, draws[4])
+    assert min(alike[0], alike[-1]) > 1.4 * 0.2 > alike[2] and np.argmax(biased) == 4 and biased[0] < 0.1
+    ties = metrics.rank_histogram(np.array([[0.0, 5], [0, 1], [7, 2]]), np.zeros(2))
+    assert ties == pytest.approx([1 / 6 + 1 / 2, 1 / 6, 1 / 6, 0])
+    assert np.isnan(metrics.rank_histogram(draws[:4], draws[4], np.zeros(draws[4].shape, bool))).all()
+    with pytest.raises(ValueError, match="samples .K, ...."):
+        metrics.rank_histogram(draws[4], draws[4])
+
+
 def test_body_mask_keeps_the_patient_fills_the_lungs_and_drops_the_table() -> None:
     hu = np.full((128, 128), -1000.0)
     body = disk(hu.shape, (56, 64), 40)

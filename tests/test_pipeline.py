@@ -1,17 +1,20 @@
 """The walk of one scan, with a small untrained model: seeds, batches, estimates, what it needs and what it refuses."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 from test_bundle import CARD
 
+from deft_med import pipeline
 from deft_med.bundle import Model, networks
-from deft_med.card import parse
+from deft_med.card import Calibration, parse
 from deft_med.config import Noise, Protocol
 from deft_med.errors import UsageError
 from deft_med.htransform import Deft
+from deft_med.metrics import body_mask, reach
 from deft_med.pipeline import reconstruct
 from deft_med.simulate import reconstruction_grid, simulate
 from deft_med.volume import Scan, Volume
@@ -72,6 +75,76 @@ def test_the_estimates(model: Model) -> None:
     mean = reconstruct(scan, model, estimate="mean")
     assert "samples" not in mean.chi2
     assert average.metrics["deft"]["psnr"][0] != average.metrics["fbp"]["psnr"][0]
+
+
+def test_samples_are_those_of_one_by_one_however_many_go_together(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = simulate(head(1), PROTOCOL)
+    done: dict[int, list[int]] = {}
+    found = {}
+    for together in (1, 2, 8):
+        monkeypatch.setattr(pipeline, "TOGETHER", together)
+        done[together] = []
+        found[together] = reconstruct(scan, model, steps=4, samples=3, progress=lambda k, n, t=together: done[t].append(k))
+    for together in (2, 8):  # up to the rounding of half precision
+        assert np.abs(found[together].volume.data - found[1].volume.data).max() < 0.02 * np.abs(found[1].volume.data).max()
+        assert np.allclose(found[together].std.data, found[1].std.data, rtol=0.1, atol=0.02 * found[1].std.data.max())
+        assert done[together] == done[1] == list(range(1, 11))
+
+
+def calibrated(model: Model, limit: float, protocol: str = "small", factor: float = 1.5) -> Model:
+    one = Calibration(factor=factor, coverage_raw=0.7, coverage=0.9, chi2_99=limit, samples=8, subjects=3, slices=9, command="c")
+    return dataclasses.replace(model, card=dataclasses.replace(model.card, calibration={protocol: one}))
+
+
+def test_an_interval_is_the_spread_times_a_factor_that_the_card_may_know(model: Model) -> None:
+    scan = simulate(head(1), PROTOCOL)
+    plain, known, other = (reconstruct(scan, m, steps=3, samples=3)
+                           for m in (model, calibrated(model, 1e9), calibrated(model, 1e9, "all", 2.0)))
+    assert np.allclose(plain.interval.data, reach(3) * plain.std.data)
+    assert np.allclose(known.interval.data, 1.5 * plain.interval.data) and np.allclose(other.interval.data, 2 * plain.interval.data)
+    assert [r.trust["interval"]["calibrated_on"] for r in (plain, known, other)] == [None, "small", "all"]
+    made = known.trust["interval"]
+    half = made["half_width_in_std"] * known.std.data
+    held = np.abs(scan.reference.data - known.volume.data) <= half
+    assert made["coverage"] == pytest.approx(held[body_mask(scan.reference.data)].mean(), abs=1e-3)
+    assert reconstruct(scan, model, estimate="mean").interval is None
+    json.dumps([r.trust for r in (plain, known, other)], allow_nan=False)
+
+
+def test_chi2_is_judged_where_the_card_knows_the_protocol(model: Model) -> None:
+    scan = simulate(head(2), PROTOCOL)
+    first = reconstruct(scan, model, steps=3, samples=2)
+    measurements = 2 * 30 * scan.y.shape[-1]
+    assert first.chi2["measurements"] == measurements and first.chi2["deviation"] == pytest.approx((2 / measurements) ** 0.5)
+    assert abs(first.chi2["reference"] - 1) < 5 * first.chi2["deviation"] + 0.1
+    found = first.trust["quality"]
+    assert found["chi2"] == pytest.approx([first.chi2["samples"]] * 2, rel=0.5) and found["check"] is None and not first.failed
+    strict, lax = (reconstruct(scan, calibrated(model, limit), steps=3, samples=2) for limit in (0.01, 1e9))
+    assert strict.failed and strict.trust["quality"]["above"] == [1, 2] and "slices 1, 2 of 2, above 1.07" in strict.warnings[-1]
+    assert not lax.failed and lax.trust["quality"]["check"] == "passed"
+    assert not reconstruct(scan, calibrated(model, 0.01, "all"), steps=3, samples=2).failed, "what all protocols have is no limit"
+    assert reconstruct(scan, method="fbp").trust == {} and not reconstruct(scan, method="fbp").failed
+
+
+def test_the_seconds_of_the_method_have_parts(model: Model) -> None:
+    result = reconstruct(simulate(head(1), PROTOCOL), model, steps=3, samples=2)
+    assert set(result.profile) == {"prior", "h", "operators", "rest"} and min(result.profile.values()) > 0
+    assert sum(result.profile.values()) == pytest.approx(result.timing["deft"])
+    assert not model.deft.prior._forward_hooks and not model.deft.h._forward_pre_hooks
+    assert reconstruct(simulate(head(1), PROTOCOL), method="fbp").profile == {}
+
+
+def test_one_step_is_the_mean(model: Model) -> None:
+    one = reconstruct(simulate(head(1), PROTOCOL), model, steps=1, samples=3)
+    assert one.estimate == "mean" and one.std is None and one.samples == 1
+
+
+def test_what_the_prior_changed_is_a_number(model: Model) -> None:
+    scan = simulate(head(1), PROTOCOL)
+    result = reconstruct(scan, model, estimate="mean")
+    difference = (result.volume.data - result.beside["fbp"].data)[body_mask(scan.reference.data)]
+    found = result.trust["prior"]
+    assert found == {"rms": pytest.approx(np.sqrt(np.mean(difference**2)), rel=1e-4), "unit": "HU", "region": "body", "against": "fbp"}
 
 
 def test_classical_methods_need_no_model() -> None:

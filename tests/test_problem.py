@@ -68,7 +68,7 @@ def test_reconstruct_serves_both_modalities_with_the_same_words() -> None:
     result = reconstruct(study(), method="cg-sense")
     assert list(result.beside) == ["zero-filled"]
     assert result.volume.unit == "a.u."
-    assert {"zero-filled", "mean", "expected"} == set(result.chi2)
+    assert {"zero-filled", "mean", "expected", "deviation", "measurements"} == set(result.chi2)
     assert result.metrics["cg-sense"]["mean"]["psnr"] > result.metrics["zero-filled"]["mean"]["psnr"]
     with pytest.raises(UsageError, match="unknown method 'fbp' for MR: choose one of deft, zero-filled"):
         reconstruct(study(), method="fbp")

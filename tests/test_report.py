@@ -38,6 +38,8 @@ class Made:
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     chi2: dict[str, float] = dataclasses.field(default_factory=lambda: {"mean": 0.93, "samples": 1.01, "fbp": 1.7, "expected": 1.0})
     timing: dict[str, float] = dataclasses.field(default_factory=lambda: {"read": 0.1, "sample": 9.5})
+    trust: dict[str, Any] = dataclasses.field(default_factory=dict)
+    profile: dict[str, float] = dataclasses.field(default_factory=dict)
     provenance: dict[str, Any] = dataclasses.field(default_factory=lambda: {"protocol": "p", "seed": None, "model_sha256": "9f86" * 16})
     simulated: bool = True
     title: str = "Made-up phantom <60 views>"
@@ -189,10 +191,10 @@ def test_panels_of_the_viewer_stand_in_columns() -> None:
         data = pages.viewer_data(reconstruction)
         return data["columns"], [p.get("column") for p in data["panels"]]
 
-    assert columns(made_mr()) == (5, [1, 2, 3, 4, 5, 1, 2, 3, 4, 5])
+    assert columns(made_mr()) == (5, [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 5])
     assert columns(made_mr(**MEASURED)) == (4, [1, 2, 3, 4, 1, 2, 3, 4])
-    assert columns(made()) == (3, [1, 2, 3, 1, 2, 3])
-    assert columns(made(std=None)) == (3, [1, 2, 3, 2, 3])
+    assert columns(made()) == (3, [1, 2, 3, 1, 2, 3, 3])
+    assert columns(made(std=None)) == (3, [1, 2, 3, 2, 3, 3])
     assert columns(made(**MEASURED)) == (2, [None] * 4)
     assert columns(made(**MEASURED, std=None, method="fbp")) == (1, [None])
 
@@ -265,6 +267,45 @@ def test_a_run_outside_the_scope_is_marked_everywhere() -> None:
     assert {"SIMULATED", "OUT OF SCOPE"} <= set(texts(reconstruction))
     html = pages.page(reconstruction)
     assert '<span class="badge">OUT OF SCOPE</span>' in html and "pixel size 3 mm" in html
+
+
+TRUST = {
+    "interval": {"level": 0.9, "half_width_in_std": 3.1, "factor": 1.2, "samples": 4, "calibrated_on": "p", "calibrated_with_samples": 8,
+                 "coverage_on_tune_subjects": 0.897, "coverage": 0.912},
+    "quality": {"chi2": [1.01], "limit": 1.043, "above": [], "check": "passed"},
+    "prior": {"rms": 61.73, "unit": "HU", "region": "body", "against": "fbp"},
+}
+
+
+def test_the_page_says_how_far_to_trust(bare: None) -> None:
+    chi2 = {"mean": 0.93, "samples": 1.01, "reference": 1.002, "expected": 1.0, "deviation": 0.0096, "measurements": 21780}
+    html = pages.page(made((1, 32, 32), trust=TRUST, chi2=chi2, profile={"prior": 3.0, "h": 2.0, "operators": 4.0, "rest": 1.0}))
+    for words in ("90 % interval", "± 3.10 SD", "calibrated on p, with 8 samples", "91.2 %", "89.7 %", "expected 1 ± 0.0096",
+                  "1 ± 0.010 (√(2 / M), M = 21780 measurements)", "Below 1.043 lie 99 %", "The check passed",
+                  "RMS of DEFT − FBP in the body: 61.73 HU", "prior 30 %, h 20 %, operators 40 %, rest 10 %"):
+        assert words in html, words
+    assert html.count(">1.010<") == 2, "the samples' chi2 stands in its card and in its table, and its spread is no image's chi2"
+    assert ">21780" not in html
+    plain = {**TRUST, "interval": {**TRUST["interval"], "calibrated_on": None}, "quality": {"chi2": [1.0], "limit": None, "check": None}}
+    assert "(not calibrated)" in pages.page(made((1, 32, 32), trust=plain))
+    assert "Intervals" not in pages.page(made((1, 32, 32)))
+
+
+def test_what_the_prior_changed_has_a_panel_of_its_own() -> None:
+    def titles(reconstruction: Made) -> list[str]:
+        return [p["title"] for p in pages.viewer_data(reconstruction)["panels"]]
+
+    assert titles(made((1, 32, 32)))[-1] == "Prior: DEFT − FBP"
+    assert [t for t in titles(made_mr((1, 32, 32), **MEASURED)) if "Prior" in t] == ["Prior: DEFT − Zero-filled"]
+    assert not [t for t in titles(made((1, 32, 32), method="tv")) if "Prior" in t]
+    with_it, without = (pages.viewer_data(made((1, 32, 32), method=m))["difference"] for m in ("deft", "tv"))
+    assert with_it == without, "it does not stretch the colours of what is wrong"
+
+
+def test_a_failed_check_is_marked_everywhere() -> None:
+    reconstruction = made((1, 32, 32), provenance={"quality": "failed"})
+    assert {"SIMULATED", "CHECK FAILED"} <= set(texts(reconstruction))
+    assert '<span class="badge">CHECK FAILED</span>' in pages.page(reconstruction)
 
 
 def test_a_long_title_is_cut_and_digests_are_short() -> None:

@@ -16,9 +16,10 @@ PACKAGES = ("operators", "deft_med")
 # Names without a package are of deft_med; "operators" stands for anything public in it, "io" and "dialects" for the package and
 # its modules. A module may always import `errors` and its own package's private modules are listed like any other.
 FOUNDATION = {"operators", "errors", "volume"}
-INFERENCE = FOUNDATION | {"schedule", "intensity", "network", "prior", "likelihood", "htransform", "guidance", "finetune", "sample"}
+INFERENCE = FOUNDATION | {"schedule", "intensity", "network", "prior", "likelihood", "nonlinear", "htransform", "guidance", "finetune",
+                          "sample"}
 EDGES = INFERENCE | {"io", "simulate", "bundle", "card", "attribution", "dialects", "data", "config", "metrics"}
-COMMANDS = {"reconstruct", "train", "benchmark", "export"}
+COMMANDS = {"reconstruct", "train", "benchmark", "export", "calibrate"}
 
 ALLOWED: dict[str, set[str]] = {
     # values
@@ -34,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     # inference: no files here
     "prior": {"schedule", "network", "intensity", "errors"},
     "likelihood": FOUNDATION | {"intensity", "schedule"},
+    "nonlinear": FOUNDATION | {"intensity", "schedule", "likelihood"},
     "htransform": FOUNDATION | {"schedule", "network", "prior", "likelihood"},
     "guidance": FOUNDATION | {"schedule", "prior", "likelihood", "sample"},
     "amortised": FOUNDATION | {"schedule", "network", "prior", "likelihood"},
@@ -50,26 +52,32 @@ ALLOWED: dict[str, set[str]] = {
     # the loop and the pages
     "fit": INFERENCE | {"metrics", "config"},
     "subjects": FOUNDATION | {"io", "data"},
+    "study": FOUNDATION | {"io"},
     "draws": INFERENCE | {"simulate", "config"},
     "kinds": INFERENCE | {"amortised", "draws", "simulate", "data", "config", "fit"},
     "problem": INFERENCE | {"simulate"},
-    "pipeline": EDGES | {"problem"},
+    "lesions": EDGES | {"problem", "study"},
+    "trust": {"card", "metrics", "volume"},
+    "stopwatch": set(),
+    "pipeline": EDGES | {"trust", "stopwatch", "problem"},
     "crosscheck": EDGES | {"problem", "pipeline"},
     "publish": {"errors"},
     "figure": {"metrics"},
-    "page": {"figure", "metrics"},
+    "page": {"figure", "metrics", "trust"},
     "report": {"figure", "page"},
     "phantom": {"operators"},
     "testing": INFERENCE | {"metrics"},
     # the commands: anything but each other
-    **{name: EDGES | {"pipeline", "problem", "crosscheck", "fit", "kinds", "draws", "publish", "subjects", "attribution", "report",
-                      "phantom", "testing"} for name in COMMANDS},
+    **{name: EDGES | {"pipeline", "problem", "crosscheck", "fit", "kinds", "draws", "publish", "subjects", "study", "trust", "attribution",
+                      "report", "lesions", "phantom", "testing"} for name in COMMANDS},
 }
 
 OPERATORS: dict[str, set[str]] = {
     "linear": set(),
     "geometry": set(),
     "noise": set(),
+    "counts": {"noise"},
+    "slices": {"linear", "geometry"},
     "whiten": {"coils"},
     "patterns": {"geometry"},
     "_rays": {"geometry", "_sparse", "odl_bridge"},
@@ -107,7 +115,8 @@ DOORS: dict[str, set[str]] = {
     "skimage": set(),
     "pickle": set(),
     "mrpro": {"operators.bench"},
-    "argparse": {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.export", "deft_med.bundle", "operators.bench"},
+    "argparse": {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.export", "deft_med.bundle", "deft_med.calibrate",
+                 "operators.bench"},
     "tqdm": {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.fit", "deft_med.pipeline"},
 }
 # What these may import at all, beside the standard library and their own packages.
@@ -120,7 +129,8 @@ ONLY: dict[str, set[str]] = {
     "deft_med.metrics": {"numpy", "scipy"},
 }
 # Who may print: the commands.
-PRINTERS = {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.export", "deft_med.bundle", "operators.bench"}
+PRINTERS = {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.export", "deft_med.bundle", "deft_med.calibrate",
+            "operators.bench"}
 LONGEST = 400
 
 

@@ -223,5 +223,5 @@ def test_an_mr_scan_refuses(fields: dict, words: str) -> None:
 
 @pytest.mark.parametrize("fields", [dict(maps=K), dict(crop=(2, 2))])
 def test_a_ct_scan_has_no_mr_fields(fields: dict) -> None:
-    with pytest.raises(ValueError, match="Scan.maps and Scan.crop are of MR"):
+    with pytest.raises(ValueError, match="Scan.maps, Scan.crop and Scan.phaseless are of MR"):
         Scan(np.zeros((5, 7)), BEAM, GRID, **fields)

@@ -1,0 +1,81 @@
+"""How far a result may be trusted: its interval, its chi2 against the model's card, and what the prior changed of the classical inverse."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import binom, norm
+
+from deft_med.card import ALL, Calibration, Card
+from deft_med.metrics import LEVEL, MASKS, coverage, reach
+from deft_med.volume import Volume
+
+REGIONS = {"CT": "body", "MR": "head"}
+DOUBTFUL = 2.0  # chi2 from which a slice is shown with a warning
+SELDOM = 0.01  # the share of slices that may lie above a 99th percentile, and how often a sound run may fail the check
+
+
+def interval(volume: Volume, std: Volume, k: int, card: Card, protocol: str | None, reference: Volume | None = None) -> tuple[Volume, dict]:
+    """Half-width of the interval volume +- half-width per pixel, in the unit of the scan, and what it is worth.
+
+    factor t_{k-1} sqrt(1 + 1/k) std, with the factor that the card has for the protocol, or for all; without one it is 1 and
+    ``calibrated_on`` is None. ``coverage``: the share of the body (MR: head) whose reference it holds, where there is a reference.
+    """
+    name, found = card.calibrated(protocol)
+    level, factor = (LEVEL, 1.0) if found is None else (found.level, found.factor)
+    width = factor * reach(k, level)
+    made: dict[str, Any] = {"level": level, "half_width_in_std": width, "factor": factor, "samples": k, "calibrated_on": name or None}
+    if found is not None:
+        made |= {"calibrated_with_samples": found.samples, "coverage_on_tune_subjects": found.coverage}
+    if reference is not None:
+        held = coverage(volume.data, std.data, k, reference.data, level, MASKS[card.modality](reference.data), factor)
+        made["coverage"] = None if math.isnan(held) else held
+    return Volume(width * std.data, std.affine, std.unit), made
+
+
+def worth(made: dict) -> str:
+    """What an `interval` is worth, in words."""
+    if made["calibrated_on"] is None:
+        return "not calibrated"
+    on = "all protocols of the model's card" if made["calibrated_on"] == ALL else made["calibrated_on"]
+    other = "" if made["samples"] == made["calibrated_with_samples"] else f", with {made['calibrated_with_samples']} samples"
+    return f"calibrated on {on}{other}"
+
+
+def judge(chi2: Sequence[float], card: Card, protocol: str | None, deviation: float = 0.0) -> dict:
+    """The chi2 of the samples, slice by slice, against the card's 99th percentile for this very protocol.
+
+    Consistency steps may hold that below 1: the limit is never lower than what a true posterior sample stays below in 99 of 100
+    slices, 1 + 2.33 ``deviation`` with deviation sqrt(2 / M) of a slice's M measurements.
+
+    Returns {"chi2", "limit", "above": the slices above it, counted from 1, "check": "passed" or "failed"}; where the card does not know the
+    protocol nothing is judged, limit and check are None. A check fails where more slices are above than 1 in 100 is by chance (in one
+    sound run of 100), or where one slice is DOUBTFUL.
+    """
+    found: Calibration | None = card.calibration.get(protocol or "")
+    made: dict[str, Any] = {"chi2": list(chi2), "limit": None, "above": [], "check": None}
+    if found is None:
+        return made
+    limit = max(found.chi2_99, 1 + norm.ppf(1 - SELDOM) * deviation)
+    above = [index + 1 for index, value in enumerate(chi2) if not value <= limit]
+    failed = len(above) > binom.ppf(1 - SELDOM, len(chi2), SELDOM) or any(not chi2[k - 1] <= max(DOUBTFUL, limit) for k in above)
+    return made | {"limit": limit, "above": above, "check": "failed" if failed else "passed"}
+
+
+def verdict(made: dict, protocol: str | None) -> str:
+    """What a `judge` found, in words; empty where no slice is above."""
+    above = made["above"]
+    if not above:
+        return ""
+    shown = ", ".join(map(str, above[:8])) + ("" if len(above) <= 8 else f" and {len(above) - 8} more")
+    worst = max(made["chi2"][k - 1] for k in above)
+    return (f"chi2 of the samples is up to {worst:.3g} in slice{'s' * (len(above) > 1)} {shown} of {len(made['chi2'])}, above "
+            f"{made['limit']:.3g}, below which 99 % of the slices of tune subjects lie under {protocol}")
+
+
+def changed(volume: Volume, classical: Volume, modality: str, reference: Volume | None = None) -> float | None:
+    """RMS of the result minus the classical inverse in the body (MR: head), in the unit of the scan; None where there is no body."""
+    mask = MASKS[modality]((reference or volume).data)
+    difference = (volume.data.astype(np.float64) - classical.data)[mask]
+    return float(np.sqrt(np.mean(difference**2))) if difference.size else None
