@@ -153,12 +153,16 @@ def _slices(scan: Scan, y: Tensor, noise: Tensor, window: Window, device: str | 
 
 
 def total_variation(likelihood: Gaussian | Transmission, x0: Tensor, weight: float = TV_WEIGHT) -> tuple[Tensor, Record]:
-    """CT: argmin |y - A u|^2 / (2 s^2) + weight TV(u) over u >= air, and how far it converged; of counts, their logarithm's."""
-    linear = likelihood.lines if isinstance(likelihood, Transmission) else likelihood
-    forward = linear.forward
+    """CT: argmin |y - A u|^2 / (2 s^2) + weight TV(u) over u >= air, and how far it converged.
+
+    Of counts it is their logarithm's, without the saturated rays: they would say that air is dense.
+    """
+    y, sigma, forward = likelihood.y, likelihood.sigma, likelihood.forward
+    if isinstance(likelihood, Transmission):
+        y = likelihood.lines.y
+        sigma = sigma if likelihood.saturated is None else sigma.masked_fill(likelihood.saturated, torch.inf)
     shift = forward(torch.zeros_like(x0))
-    return tv(forward.operator * forward.a, linear.y - shift, weight, sigma=linear.sigma, x0=x0.clamp(min=AIR), lower=AIR,
-              max_iterations=ITERATIONS)
+    return tv(forward.operator * forward.a, y - shift, weight, sigma=sigma, x0=x0.clamp(min=AIR), lower=AIR, max_iterations=ITERATIONS)
 
 
 def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, device: str | torch.device) -> Problem:
