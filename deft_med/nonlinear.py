@@ -127,6 +127,8 @@ class Transmission(Pointwise):
         self.forward, self.sigma, self.inverse = lines.forward, lines.sigma, lines.inverse
         self.y, self.count, self.ratio = counts, lines.count, lines.ratio
         self.saturated = None if ceiling is None else counts >= ceiling
+        if self.saturated is not None:  # a saturated ray has no deviance to speak of
+            self.count = (lines.sigma.isfinite() & ~self.saturated).flatten(1).sum(1).clamp(min=1)
 
     @property
     def s_img(self) -> Tensor:

@@ -166,8 +166,8 @@ def test_the_score_of_counts_is_their_gradient(lab: Laboratory, photons: float, 
 def test_a_saturated_ray_counts_by_poissons_tail(lab: Laboratory) -> None:
     lines = counted(lab, lab.draw(1, generator()), 1e5).lines
     for ceiling in (20.0, 300.0, 4000.0):
-        mean = ceiling + np.linspace(-4, 4, 21) * ceiling**0.5
-        likelihood = Transmission(lines, torch.full((21,), ceiling, dtype=torch.float64), 1e5, 0.0, ceiling)
+        mean = ceiling + np.linspace(-4, 4, lines.y.numel()).reshape(lines.y.shape) * ceiling**0.5
+        likelihood = Transmission(lines, torch.full_like(lines.y, ceiling), 1e5, 0.0, ceiling)
         value, _ = likelihood.terms(torch.from_numpy(np.log(1e5 / mean)))
         np.testing.assert_allclose(value.numpy(), -2 * scipy.stats.poisson.logsf(ceiling - 1, mean), rtol=1e-3, atol=1e-8)
 
@@ -225,6 +225,7 @@ def test_the_residual_of_counts_is_that_of_their_logarithm_but_for_saturated_ray
     cut.saturated = torch.ones_like(cut.saturated)
     assert not cut.residual(thin).any()  # as bright as they say, or brighter
     torch.testing.assert_close(cut.residual(thick), lab.inverse((cut.lines.y - cut.forward(thick)).clamp(max=0)) / 0.2)
+    assert int(free.count) == cut.lines.count > int(cut.inverted_by(lab.inverse).count)  # saturated rays are not counted
     assert cut.inverted_by(lab.inverse).residual(thick).shape == x0.shape
     check_score(cut, x0)
 

@@ -24,7 +24,7 @@ from operators.geometry import Cartesian, Grid, ParallelBeam, ThickSlices, unifo
 from operators.slices import SliceInterpolation, SliceMean
 from operators.testing import check_operator
 
-N = 48
+N = 40
 LINEAR = {"ct_missing_wedge": 0.5, "ct_metal_trace": 0.6, "ct_superresolution": 0.95}  # error left of that of the direct image
 
 
