@@ -13,7 +13,7 @@ from deft_med.problem import with_known_noise
 from deft_med.simulate import slice_generator
 from deft_med.volume import Scan
 from operators.coils import LARGEST, calibration_region
-from operators.geometry import Cartesian, Trajectory
+from operators.geometry import Cartesian, ThickSlices, Trajectory
 
 SHARE = 0.05
 
@@ -31,6 +31,8 @@ def hold_out(scan: Scan, share: float = SHARE, seed: int = 0) -> tuple[Scan, Sca
         gone = _of_mask(acquisition.mask, share, generator)
         return tuple(replace(scan, y=scan.y * part, acquisition=Cartesian.of(part))  # type: ignore[return-value]
                      for part in (acquisition.mask & ~gone, gone))
+    if isinstance(acquisition, ThickSlices):
+        raise ValueError("thick slices share no rows: what is held out of them cannot be predicted")
     parts: list[tuple[Any, Any]]
     if isinstance(acquisition, Trajectory):
         points = acquisition.points
@@ -41,7 +43,8 @@ def hold_out(scan: Scan, share: float = SHARE, seed: int = 0) -> tuple[Scan, Sca
         gone = np.isin(np.arange(len(angles)), _some(np.arange(len(angles)), share, generator))
         parts = [(replace(acquisition, angles=tuple(angles[part].tolist())), (slice(None), part)) for part in (~gone, gone)]
     noise = np.broadcast_to(scan.noise, scan.y.shape)  # type: ignore[arg-type]
-    return tuple(replace(scan, y=scan.y[part], noise=noise[part], acquisition=a) for a, part in parts)  # type: ignore[return-value]
+    return tuple(replace(scan, y=scan.y[part], noise=noise[part], acquisition=a,  # type: ignore[return-value]
+                         counts=None if scan.counts is None else scan.counts.part(part)) for a, part in parts)
 
 
 def cross_check(scan: Scan, model: Model | None, methods: Sequence[str], *, share: float = SHARE, steps: int = STEPS,

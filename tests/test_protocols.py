@@ -11,7 +11,7 @@ from test_pipeline import head, model  # noqa: F401
 from test_problem import brain
 
 from deft_med.config import KSpaceProtocol, Metal, Noise, Protocol, SliceProtocol, protocol
-from deft_med.crosscheck import cross_check
+from deft_med.crosscheck import cross_check, hold_out
 from deft_med.errors import UnsupportedError, UsageError
 from deft_med.guidance import sample_with
 from deft_med.likelihood import Gaussian
@@ -111,6 +111,10 @@ def test_tv_and_cross_checks_take_what_was_not_measured() -> None:
     assert result.chi2["mean"] < 1.2 < result.chi2["fbp"]
     checked = cross_check(scan, None, ["fbp"])["methods"]["fbp"]
     assert all(math.isfinite(value) for value in checked.values())
+    kept, held = hold_out(study("ct_counts"))
+    assert kept.counts.values.shape == kept.y.shape and held.counts.values.shape == held.y.shape
+    with pytest.raises(ValueError, match="thick slices share no rows"):
+        hold_out(study("ct_superresolution"))
 
 
 @pytest.mark.parametrize("name", ["ct_metal_trace", "ct_counts", "ct_superresolution"])
