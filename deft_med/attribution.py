@@ -158,7 +158,8 @@ def readme(card: Card) -> str:
         text += f", {one.coils[0]} to {one.coils[1]} coils, acceleration {one.acceleration[0]:g} to {one.acceleration[1]:g}" \
             if one.coils and one.acceleration else ""
         text += f", Gaussian noise {one.gaussian_percent[0]:g} to {one.gaussian_percent[1]:g} %" if one.gaussian_percent else ""
-        text += f", noise {one.noise_percent[0]:g} to {one.noise_percent[1]:g} % of the image's scale" if one.noise_percent else ""
+        noise = one.noise_of_scale_percent
+        text += f", noise {noise[0]:g} to {noise[1]:g} % of the image's scale" if noise else ""
         lines.append(text + (f", {one.photons[0]:g} to {one.photons[1]:g} photons per ray" if one.photons else "") + ".")
     lines += [f"- Made by the configurations {', '.join(card.configs)}."] if card.configs else []
     lines += ["- " + card.notes] if card.notes else []

@@ -49,8 +49,13 @@ class Model:
 
     @property
     def filter(self) -> str:
-        """Window of the backprojection in the residual that h is fed."""
-        return self.card.h.residual["window"]
+        """Window of the backprojection in the residual that h is fed (CT)."""
+        return self.card.h.residual.get("window", "shepp-logan")
+
+    @property
+    def inverse(self) -> str:
+        """What the residual that h is fed goes through (MR): sense or adjoint."""
+        return self.card.h.residual.get("inverse", "sense")
 
     @property
     def sigma_min(self) -> float:

@@ -19,12 +19,13 @@ from .volume import Scan
 JUDGED = {  # range of an acquisition: what it is called, and its unit
     "views": ("number of views", ""), "coverage_deg": ("angular coverage", "degrees"),
     "gaussian_percent": ("noise", "% of the mean line integral"), "photons": ("dose", "photons per ray"),
-    "acceleration": ("acceleration", ""), "coils": ("number of coils", ""), "noise_percent": ("noise", "% of the image scale")}  # fmt: skip
-NOISES = ("gaussian_percent", "photons", "noise_percent")
+    "acceleration": ("acceleration", ""), "coils": ("number of coils", ""),
+    "noise_of_scale_percent": ("noise", "% of the image scale")}  # fmt: skip
+NOISES = ("gaussian_percent", "photons", "noise_of_scale_percent")
 WEIGHTS = ("prior.safetensors", "h.safetensors")
 ALL = "all"  # name of the calibration over all protocols
-GUESSED = 0.5  # the same for a noise level that was estimated
 SLACK = 0.02  # by how much, relatively, a scan may leave a range: lengths and noise levels are rounded on the way
+GUESSED = 0.5  # the same for a noise level that was estimated
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Network:
 
 @dataclass(frozen=True)
 class HNetwork(Network):
-    """Shape of the h-transform, the filter of the residual it is fed, and its form (`htransform.HTransform`)."""
+    """Shape of the h-transform, the ``residual`` it is fed (CT: window of the backprojection; MR: inverse), and its form
+    (`htransform.HTransform`)."""
 
     residual: dict[str, str] = dataclasses.field(default_factory=lambda: {"window": "hann"})
     form: str = "edm"
@@ -59,7 +61,8 @@ class Acquisition:
     """Ranges of measurements that h was trained on; what is None is not judged.
 
     CT (geometry parallel or fan): views, covered angle, and noise as Gaussian percent or as photons per ray. MR (cartesian or
-    trajectory): acceleration, coils, and noise in per cent of the image's scale.
+    trajectory): acceleration, coils, and noise in per cent of the image's scale (`intensity.scale_of`; a protocol's ``noise_percent``
+    is of the slice's maximum).
     """
 
     geometry: str
@@ -69,7 +72,7 @@ class Acquisition:
     photons: tuple[float, float] | None = None
     acceleration: tuple[float, float] | None = None
     coils: tuple[int, int] | None = None
-    noise_percent: tuple[float, float] | None = None
+    noise_of_scale_percent: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ def _mr_numbers(scan: Scan) -> dict[str, Any]:
 
     scale = scale_of(torch.from_numpy(scan.y)).numpy()
     noise = np.broadcast_to(scan.noise, scan.y.shape)[..., scan.acquisition.mask].reshape(len(scan.y), -1).mean(1)  # type: ignore[union-attr]
-    return found | {"noise_percent": 100 * float(np.mean(noise / np.maximum(scale, 1e-30)))}
+    return found | {"noise_of_scale_percent": 100 * float(np.mean(noise / np.maximum(scale, 1e-30)))}
 
 
 def out_of_scope(card: Card, *, modality: str, pixel_size_mm: tuple[float, float] | None = None, field_of_view_mm: float | None = None,

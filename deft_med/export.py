@@ -62,10 +62,11 @@ def make(arguments: argparse.Namespace):
         raise UsageError(f"--tune names {', '.join(sorted(unknown))}, which the manifest's train split does not hold")
     seen = [entry for entry in seen if entry["subject"] not in kept]
     calibration = {} if arguments.calibration is None else calibrated(Path(arguments.calibration))
+    residual = {"window": h_config.filter} if h_config.modality == "CT" else {"inverse": h_config.inverse}
     card = words | {
         "window": dataclasses.asdict(window), "channels": MODALITIES[h_config.modality], "sigma_data": prior.sd,
         "sigma_min": prior.sigma_min, "sigma_max": prior.sigma_max, "prior": dataclasses.asdict(prior_config.network),
-        "h": dataclasses.asdict(h_config.network) | {"residual": {"window": h_config.filter}, "form": h_config.loss},
+        "h": dataclasses.asdict(h_config.network) | {"residual": residual, "form": h_config.loss},
         "training_data": [dataclasses.asdict(c) for c in collections(seen)],
         "metrics": [] if arguments.results is None else measured(Path(arguments.results)),
         "calibration": calibration,

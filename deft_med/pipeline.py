@@ -182,7 +182,7 @@ def posed(scan: Scan, index: int, model: Model | None, device: str | torch.devic
     """The problem of a slice as a model sees it, or as the classical methods do."""
     if model is None:
         return pose(scan, index, device=device)
-    return pose(scan, index, window=model.window, filter=model.filter, device=device)
+    return pose(scan, index, window=model.window, filter=model.filter, inverse=model.inverse, device=device)
 
 
 def solve(problem: Problem, method: str, model: Model | None, *, steps: int, samples: int, seed: int, index: int = 0,

@@ -64,10 +64,12 @@ class Problem:
     image: Callable[[np.ndarray], Tensor] | None = None  # picture's way back, where nothing was lost: (row, column) -> u (1, C, ny, nx)
 
 
-def pose(scan: Scan, index: int = 0, *, window: Window | None = None, filter: str = FILTER, device: str | torch.device = "cpu") -> Problem:
+def pose(scan: Scan, index: int = 0, *, window: Window | None = None, filter: str = FILTER, inverse: str = "sense",
+         device: str | torch.device = "cpu") -> Problem:
     """The problem of slice ``index`` of a scan whose noise is known (`with_known_noise`).
 
-    ``window`` and ``filter`` belong to CT: u = (HU - offset) / scale, and the backprojection's filter in the residual.
+    ``window`` and ``filter`` belong to CT: u = (HU - offset) / scale, and the backprojection's filter in the residual; ``inverse`` to MR:
+    what its residual goes through (`operators.analytic.approximate_inverse`).
     """
     assert scan.noise is not None
     y = torch.from_numpy(scan.y[index:index + 1])
@@ -76,7 +78,9 @@ def pose(scan: Scan, index: int = 0, *, window: Window | None = None, filter: st
         return _phaseless(scan, index, y, noise, device)
     if isinstance(scan.acquisition, ThickSlices):
         return _slices(scan, y, noise, window or Window(), device)
-    return _ct(scan, index, y, noise, window or Window(), filter, device) if scan.modality == "CT" else _mr(scan, index, y, noise, device)
+    if scan.modality == "CT":
+        return _ct(scan, index, y, noise, window or Window(), filter, device)
+    return _mr(scan, index, y, noise, inverse, device)
 
 
 def with_known_noise(scan: Scan) -> Scan:
@@ -165,7 +169,7 @@ def total_variation(likelihood: Gaussian | Transmission, x0: Tensor, weight: flo
     return tv(forward.operator * forward.a, y - shift, weight, sigma=sigma, x0=x0.clamp(min=AIR), lower=AIR, max_iterations=ITERATIONS)
 
 
-def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, device: str | torch.device) -> Problem:
+def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, inverse: str, device: str | torch.device) -> Problem:
     kspace, _, region = _calibration(y[0], scan)
     level = float(_measured(noise, scan).square().mean().sqrt())
     maps = coil_maps(kspace, region, level * _gain(scan)) if scan.maps is None else torch.from_numpy(scan.maps[index])
@@ -175,7 +179,7 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, device: str | torch.de
     acquisition: Cartesian | Trajectory = scan.acquisition  # type: ignore[assignment]
     physics = encoding(acquisition, maps)
     channels, scale = Complex(acquisition.shape), float(scale_of(kspace)) or 1.0
-    likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ approximate_inverse(physics),
+    likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ approximate_inverse(physics, inverse),
                           count=2 * len(maps) * acquisition.samples, ratio=1 / acquisition.acceleration)
 
     def zero_filled() -> tuple[Tensor, str]:

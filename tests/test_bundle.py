@@ -309,7 +309,7 @@ def test_a_source_that_cannot_be_found_or_shared_is_refused(changes: dict[str, A
 
 def test_the_readme_of_an_mr_model_speaks_of_k_space() -> None:
     window = {"offset": 0.0, "scale": 1.0, "unit": "a.u."}
-    protocol = {"acceleration": [2, 10], "coils": [1, 16], "noise_percent": [0.3, 10]}
+    protocol = {"acceleration": [2, 10], "coils": [1, 16], "noise_of_scale_percent": [0.3, 10]}
     text = readme(parse(changed(
         modality="MR", channels=2, window=window, protocols=[{"geometry": "cartesian", **protocol}, {"geometry": "trajectory"}],
         training_data=[dataclasses.asdict(row) for row in collections([SOURCED])], licence="CC-BY-4.0", deft_med="0.1.0",
