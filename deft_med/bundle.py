@@ -135,9 +135,10 @@ def networks(card: Card, device: str = "cpu") -> tuple[Prior, HTransform]:
     c, p, n = card.channels, card.prior, card.h
     try:
         with torch.device(device):
-            prior = Prior(UNet(c, c, p.widths, scalars=1, blocks=p.blocks, dim=p.dim), sd=card.sigma_data,
+            prior = Prior(UNet(c, c, p.widths, scalars=1, blocks=p.blocks, dim=p.dim), sd=card.sigma_data, octaves=card.octaves,
                           sigma_min=card.sigma_min, sigma_max=card.sigma_max)  # fmt: skip
-            h = HTransform(UNet(3 * c, c, n.widths, scalars=3, blocks=n.blocks, dim=n.dim), sd=card.sigma_data, form=n.form)
+            h = HTransform(UNet(3 * c, c, n.widths, scalars=3, blocks=n.blocks, dim=n.dim), sd=card.sigma_data, octaves=card.octaves,
+                           form=n.form)
     except (ValueError, IndexError, RuntimeError) as error:
         raise ModelError(f"the model's card describes networks that cannot be built: {error}") from error
     return prior, h

@@ -139,7 +139,8 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Card:
-    """The card.json of a bundle. ``calibration`` is by protocol; "all" speaks for those that are not there."""
+    """The card.json of a bundle. ``calibration`` is by protocol; "all" speaks for those that are not there;
+    ``octaves`` are the deviations that the networks scale the octaves of an image by (`prior.Preconditioned`)."""
 
     name: str
     version: str
@@ -164,6 +165,7 @@ class Card:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     notes: str = ""
     calibration: dict[str, Calibration] = dataclasses.field(default_factory=dict)
+    octaves: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         problems = []
@@ -174,6 +176,8 @@ class Card:
                 problems.append(f"{where} wants 0 < low <= high, got {pair[0]:g} and {pair[1]:g}")
         if not (self.sigma_data > 0 and 0 < self.sigma_min < self.sigma_max and self.window.scale > 0 and self.channels > 0):
             problems.append("sigma_data, sigma_min < sigma_max, window.scale and channels want to be positive")
+        if not all(len(each) in (1, self.channels) and min(each) > 0 for each in self.octaves):
+            problems.append("octaves wants positive deviations, one for each channel or one for all")
         if set(self.sha256) != set(WEIGHTS) or not all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in self.sha256.values()):
             problems.append(f"sha256 wants one digest for each of {', '.join(WEIGHTS)}")
         if self.licence != "CC-BY-4.0":

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from deft_med.config import Noise
-from deft_med.intensity import Affine, Window, scale_of
+from deft_med.intensity import Affine, Window, low_resolution, scale_of
 from deft_med.likelihood import Gaussian
 from deft_med.simulate import coil_maps, measured_by, smooth_phase, unresolved, with_noise
 from operators import patterns
@@ -95,7 +95,8 @@ class KSpaceRanges:
     """Ranges that k-space is drawn from. Acceleration is log-uniform, noise (in units of the image's own scale) too. Patterns are drawn
     once, ``patterns`` of them: a share ``focus`` equispaced lines at 4, the default protocol's, a share ``radial`` spokes, the others
     lines (equispaced or random) and Poisson discs. Coil maps are known up to a smooth relative error as calibration leaves it,
-    ``map_error`` (log-uniform), and in a share ``cropped`` of the draws only where the object is."""
+    ``map_error`` (log-uniform), and in a share ``cropped`` of the draws only where the object is. Of a share ``narrowed`` of the Cartesian
+    patterns one edge of k-space was not measured (partial Fourier), or both (zero padding)."""
 
     acceleration: tuple[float, float] = (2.0, 10.0)
     coils: tuple[int, ...] = (1, 4, 8, 16)
@@ -105,6 +106,7 @@ class KSpaceRanges:
     focus: float = 0.25
     radial: float = 0.08
     cropped: float = 0.5
+    narrowed: float = 0.0
 
 
 class KSpace:
@@ -126,9 +128,20 @@ class KSpace:
             return patterns.radial(shape, math.ceil(math.pi / 2 * self.size / acceleration), golden=r[1] < 0.5, start=2 * math.pi * r[2])
         if number % 3 == 0:
             side = max(8, round(24 * self.size / WHOLE * (0.5 + r[1])))
-            return patterns.poisson_disc(shape, acceleration, calibration=(side, side), generator=generator)
+            return self._narrowed(patterns.poisson_disc(shape, acceleration, calibration=(side, side), generator=generator), generator)
         lines = patterns.equispaced if number % 3 == 1 else patterns.random
-        return lines(shape, acceleration, axis=int(2 * r[1]), generator=generator)
+        return self._narrowed(lines(shape, acceleration, axis=int(2 * r[1]), generator=generator), generator)
+
+    def _narrowed(self, pattern: Cartesian, generator: Generator) -> Cartesian:
+        r = torch.rand(4, generator=generator, dtype=torch.float64).tolist() if self.ranges.narrowed else [1.0]
+        if r[0] >= self.ranges.narrowed:
+            return pattern
+        mask, axis, edge = pattern.mask, int(2 * r[1]), round(self.size * (0.05 + 0.35 * r[2]))
+        mask = mask if axis == 0 else mask.T
+        mask[:edge] = False
+        if r[3] < 0.5:
+            mask[-min(edge, self.size // 3):] = False
+        return Cartesian.of(mask if axis == 0 else mask.T)
 
     def measure(self, u: Tensor, pattern: Cartesian | Trajectory, maps: Tensor, sigma: Tensor, generator: Generator,
                 known: Tensor | None = None) -> Gaussian:
@@ -175,13 +188,17 @@ def _between(ends: tuple[float, float], share):
 def complex_images(magnitude: Tensor, generator: Generator) -> Tensor:
     """Magnitudes (B, 1, n, n) >= 0 as complex images (B, 2, n, n) at the scale that a scan can know (`scale_of`).
 
-    Contrast is bent by a power in one half of them, the phase is smooth and random.
+    Contrast is bent by a power in one half of them. Of a random phase it is left what a scan's own low resolution image, with its
+    noise, does not know (`problem.pose` turns the coil maps by the same).
     """
     count, size = len(magnitude), magnitude.shape[-1]
-    r = torch.rand(count, 3, generator=generator)[..., None, None]
+    r = torch.rand(count, 4, generator=generator)[..., None, None]
     bent = magnitude.clamp(min=0).pow(torch.where(r[:, :1] < 0.5, 1.0, torch.exp((r[:, 1:2] - 0.5) * 1.2)))
     phase = smooth_phase(count, (size, size), generator)[:, None]
     image = torch.polar(bent, phase)
-    scale = scale_of(Fourier((size, size))(image))[:, None, None, None]
+    kspace = Fourier((size, size))(image)
+    scale = scale_of(kspace)[:, None, None, None]
+    noise = torch.randn(2, *kspace.shape, generator=generator) * scale * _between((0.003, 0.1), r[:, 3:])
+    image = image * torch.exp(-1j * low_resolution(kspace + torch.complex(*noise)).angle())
     jitter = torch.exp((r[:, 2:3] - 0.5) * 0.3)
     return torch.cat([image.real, image.imag], 1) / scale * jitter

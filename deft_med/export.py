@@ -65,6 +65,7 @@ def make(arguments: argparse.Namespace):
     residual = {"window": h_config.filter} if h_config.modality == "CT" else {"inverse": h_config.inverse}
     card = words | {
         "window": dataclasses.asdict(window), "channels": MODALITIES[h_config.modality], "sigma_data": prior.sd,
+        "octaves": prior_config.octaves,
         "sigma_min": prior.sigma_min, "sigma_max": prior.sigma_max, "prior": dataclasses.asdict(prior_config.network),
         "h": dataclasses.asdict(h_config.network) | {"residual": residual, "form": h_config.loss},
         "training_data": [dataclasses.asdict(c) for c in collections(seen)],

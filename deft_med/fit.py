@@ -18,6 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from deft_med.muon import Muon
+from deft_med.network import bf16_pays
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -35,10 +38,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train, apart from what: stages, learning rate (cosine to zero after a warm-up), averaging, clipping, seed."""
+    """How to train, apart from what: stages, optimiser (adamw or muon), learning rate (cosine to zero after a warm-up), averaging,
+    clipping, seed."""
 
     stages: tuple[Stage, ...]
     lr: float = 1e-3
+    optimiser: str = "adamw"
     warmup: int = 100
     weight_decay: float = 1e-4
     ema: float = 0.998
@@ -46,6 +51,10 @@ class Recipe:
     seed: int = 0
     validate_every: int = 500
     save_every: int = 200
+
+    def __post_init__(self) -> None:
+        if self.optimiser not in ("adamw", "muon"):
+            raise ValueError(f"optimiser is adamw or muon, got {self.optimiser!r}")
 
     @property
     def steps(self) -> int:
@@ -86,7 +95,7 @@ def fit(network: nn.Module, objective: Callable[[Generator, Stage], Tensor], rec
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: p for name, p in network.named_parameters() if p.requires_grad}
     average = {name: p.detach().clone() for name, p in weights.items()}
-    optimiser = torch.optim.AdamW(weights.values(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.99))
+    optimiser = _optimiser(weights, recipe, device)
     step, lowest = 0, math.inf
     if resume and state.exists():
         step, lowest = _restore(state, weights, average, optimiser)
@@ -131,6 +140,14 @@ def fit(network: nn.Module, objective: Callable[[Generator, Stage], Tensor], rec
             break
     with safe_open(best, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def _optimiser(weights: dict[str, nn.Parameter], recipe: Recipe, device: str | torch.device) -> torch.optim.Optimizer:
+    if recipe.optimiser == "adamw":
+        return torch.optim.AdamW(weights.values(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.99))
+    ends = [p for name, p in weights.items() if "inlet" in name or "outlet" in name]
+    dtype = torch.bfloat16 if bf16_pays(device) else torch.float32
+    return Muon(weights.values(), lr=recipe.lr, weight_decay=recipe.weight_decay, plain=ends, dtype=dtype)
 
 
 class _installed:

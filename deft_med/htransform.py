@@ -21,42 +21,46 @@ from torch import Tensor, nn
 
 from deft_med.likelihood import Gaussian
 from deft_med.network import Embedding
-from deft_med.prior import Prior, scalings
-from deft_med.schedule import Denoiser, per_item
+from deft_med.octaves import scale_octaves
+from deft_med.prior import Preconditioned, Prior
+from deft_med.schedule import Denoiser
 
 
 class Weight(nn.Module):
-    """w(ln sigma, ln s_img): how far to trust the residual itself; a perceptron that starts at a small constant."""
+    """w(ln sigma, ln s_img) of every octave: how far to trust the residual itself; a perceptron that starts at a small constant."""
 
-    def __init__(self, start: float = 0.1, dim: int = 32) -> None:
+    def __init__(self, octaves: int = 1, start: float = 0.1, dim: int = 32) -> None:
         super().__init__()
-        self.embedding, self.last = Embedding(2, dim), nn.Linear(dim, 1)
+        self.embedding, self.last = Embedding(2, dim), nn.Linear(dim, octaves)
         nn.init.zeros_(self.last.weight)
         nn.init.constant_(self.last.bias, start)
 
     def forward(self, scalars: Tensor) -> Tensor:
-        return self.last(self.embedding(scalars))[:, :, None, None]
+        return self.last(self.embedding(scalars)).T[..., None]  # (L, B, 1)
 
 
-class HTransform(nn.Module):
+class HTransform(Preconditioned):
     """The learned part: ``(x, D, g (B, C, H, W), sigma, s_img (B,), log_ratio) -> sigma^2 h (B, C, H, W)``.
 
     ``network`` takes 3 C channels and 3 log-scalars (a fresh ``UNet`` returns 0, so DEFT starts at D + 0.1 c_out g).
-    ``form='edm'`` scales by c_out = sigma sd / sqrt(sigma^2 + sd^2), ``form='epsilon'`` by sigma as the paper does.
+    D and g reach it in units of sd; with octaves (`Preconditioned`) all of this holds octave by octave. ``form='edm'`` scales by
+    c_out = sigma sd / sqrt(sigma^2 + sd^2), ``form='epsilon'`` by sigma as the paper does.
     """
 
-    def __init__(self, network: nn.Module, *, sd: float = 0.5, form: str = "edm") -> None:
-        super().__init__()
+    def __init__(self, network: nn.Module, *, sd: float = 0.5, octaves: Sequence[Sequence[float]] = (), form: str = "edm") -> None:
+        super().__init__(network, sd=sd, octaves=octaves)
         if form not in ("edm", "epsilon"):
             raise ValueError(f"the h-transform's form is 'edm' or 'epsilon', got {form!r}")
-        self.network, self.weight, self.sd, self.form = network, Weight(), sd, form
+        self.weight, self.form = Weight(len(self.sds)), form
 
     def forward(self, x: Tensor, d: Tensor, g: Tensor, sigma: Tensor, s_img: Tensor, log_ratio: float) -> Tensor:
-        _, out, inp = scalings(per_item(sigma, x), self.sd)
+        _, out, inp = self.scalings(sigma)
         if self.form == "epsilon":
-            out = per_item(sigma, x)
+            out = sigma[None, :, None].expand_as(out)
+        unit = self.sd / self.sds[:, None].to(x)
         scalars = torch.stack([sigma.log(), s_img.log(), torch.full_like(s_img, log_ratio)], 1)
-        return out * (self.network(torch.cat([inp * x, d, g], 1), scalars) + self.weight(scalars[:, :2]) * g)
+        seen = [scale_octaves(x, inp), scale_octaves(d, unit), scale_octaves(g, unit)]
+        return scale_octaves(self.network(torch.cat(seen, 1), scalars), out) + scale_octaves(g, out * self.weight(scalars[:, :2]))
 
 
 class Deft(nn.Module):

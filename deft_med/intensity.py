@@ -61,6 +61,14 @@ class Window:
 
 
 
+def low_resolution(kspace: Tensor, size: int = 24) -> Tensor:
+    """The images (*batch, ny, nx) that the central ``size`` x ``size`` samples of k-space make (raised-cosine taper, orthonormal)."""
+    centre = torch.zeros_like(kspace)
+    rows, columns, taper = _centre(kspace, size)
+    centre[..., rows, columns] = kspace[..., rows, columns] * taper
+    return torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(centre, dim=(-2, -1)), norm="ortho"), dim=(-2, -1))
+
+
 def scale_of(kspace: Tensor, size: int = 24) -> Tensor:
     """The brightness of an MR image as its k-space alone tells it: (*batch, C, ky, kx) -> (*batch), in the unit of k-space.
 
@@ -69,9 +77,16 @@ def scale_of(kspace: Tensor, size: int = 24) -> Tensor:
     alike, since both hold the centre (within 2 % at 256 columns and acceleration 10, 8 % at 128, where the centre is narrower).
     """
     (ny, nx), fine = kspace.shape[-2:], 2 * size
-    taper = torch.hann_window(size + 2, periodic=False, dtype=kspace.real.dtype, device=kspace.device)[1:-1]
-    rows, columns = (slice(max(0, n // 2 - size // 2), n // 2 - size // 2 + size) for n in (ny, nx))
-    centre = kspace[..., rows, columns] * taper[-min(size, ny):, None] * taper[-min(size, nx):]
+    rows, columns, taper = _centre(kspace, size)
+    centre = kspace[..., rows, columns] * taper
     images = torch.fft.ifft2(centre, s=(fine, fine), norm="ortho") * (fine / math.sqrt(ny * nx))
     rss = images.abs().square().sum(-3).sqrt().flatten(-2)
     return rss.kthvalue(round(0.99 * fine**2), dim=-1).values
+
+
+def _centre(kspace: Tensor, size: int) -> tuple[slice, slice, Tensor]:
+    """Rows and columns of the central ``size`` x ``size`` samples, and their taper."""
+    ny, nx = kspace.shape[-2:]
+    taper = torch.hann_window(size + 2, periodic=False, dtype=kspace.real.dtype, device=kspace.device)[1:-1]
+    rows, columns = (slice(max(0, n // 2 - size // 2), n // 2 - size // 2 + size) for n in (ny, nx))
+    return rows, columns, taper[-min(size, ny):, None] * taper[-min(size, nx):]

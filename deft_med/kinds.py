@@ -61,7 +61,9 @@ class Training:
     start: str | None = None  # folder of a training of the same network whose weights this one goes on from
     loss: str = "edm"  # or epsilon: the paper's uniform t and unweighted eps
     noisy: float = 0.0  # share of draws moved to the last decade of sigma
-    sd: float = 0.5
+    sd: float = 0.5  # root mean square of u
+    octaves: tuple[tuple[float, ...], ...] = ()  # and that of its octaves, per channel, finest first (`octaves.deviations`)
+    levels: tuple[float, float, float] = (0.5, -1.0, 1.4)  # of sigma: share that is log-uniform; mean, deviation of ln sigma of the rest
     inverse: str = "sense"  # MR: what a residual goes through, sense or adjoint
     filter: str = "shepp-logan"  # window of the backprojection that is fed: one that vanishes (hann) loses what was measured there
 
@@ -85,10 +87,10 @@ def bare(config: Training) -> nn.Module:
     shape = config.network
     network = UNet(inputs * channels, channels, shape.widths, scalars=scalars, blocks=shape.blocks, dim=shape.dim)
     if config.kind == "htransform":
-        return HTransform(network, sd=config.sd, form=config.loss)
+        return HTransform(network, sd=config.sd, octaves=config.octaves, form=config.loss)
     if config.kind == "supervised":
-        return Supervised(network)
-    return (Prior if config.kind == "prior" else Conditional)(network, sd=config.sd)
+        return Supervised(network, sd=config.sd, octaves=config.octaves)
+    return (Prior if config.kind == "prior" else Conditional)(network, sd=config.sd, octaves=config.octaves)
 
 
 Objective = Callable[[Generator, Stage], Tensor]
@@ -125,7 +127,7 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
         if config.loss == "epsilon":
             sigma = draw_vp(len(u), generator=generator)
         else:
-            sigma = draw(len(u), generator=generator, noisy=config.noisy, high=stage.highest)
+            sigma = draw(len(u), *config.levels, generator=generator, noisy=config.noisy, high=stage.highest)
         return perturb(u, sigma, torch.randn(u.shape, generator=generator)), sigma
 
     if config.kind == "prior":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deft_med.errors import UnsupportedError
-from deft_med.intensity import Affine, Window, scale_of
+from deft_med.intensity import Affine, Window, low_resolution, scale_of
 from deft_med.likelihood import Gaussian
 from deft_med.nonlinear import Magnitudes, Transmission
 from deft_med.simulate import unresolved
@@ -175,6 +175,7 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, inverse: str, device: 
     maps = coil_maps(kspace, region, level * _gain(scan)) if scan.maps is None else torch.from_numpy(scan.maps[index])
     rss = torch.linalg.vector_norm(maps, dim=0)
     maps = maps / torch.where(rss > 0, rss, 1.0)  # the networks' scale is the root sum of squares
+    maps = maps * torch.exp(1j * (maps.conj() * low_resolution(kspace)).sum(0).angle())  # and their images are real, about
     y, noise, maps = y.to(device), noise.to(device), maps.to(device)
     acquisition: Cartesian | Trajectory = scan.acquisition  # type: ignore[assignment]
     physics = encoding(acquisition, maps)

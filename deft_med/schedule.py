@@ -35,8 +35,8 @@ def sigmas(steps: int, *, low: float = SIGMA_MIN, high: float = SIGMA_MAX, rho: 
     return torch.cat([grid, grid.new_zeros(1)])
 
 
-def draw(count: int, *, generator: Generator, low: float = SIGMA_MIN, high: float = SIGMA_MAX, uniform: float = 0.5,
-         noisy: float = 0.0, mean: float = -1.0, std: float = 1.4) -> Tensor:
+def draw(count: int, uniform: float = 0.5, mean: float = -1.0, std: float = 1.4, *, generator: Generator, low: float = SIGMA_MIN,
+         high: float = SIGMA_MAX, noisy: float = 0.0) -> Tensor:
     """Training noise levels (count,): a share ``uniform`` log-uniform over [low, high], the rest lognormal(mean, std).
 
     The lognormal part sits where denoising is hard, the log-uniform part trains the noisy end where sampling starts; a share

@@ -187,12 +187,19 @@ def phase_codes(count: int, codes: int, shape: tuple[int, int], generator: Gener
 
 
 def smooth_phase(count: int, shape: tuple[int, int], generator: Generator) -> Tensor:
-    """Random smooth phases (count, ny, nx) in rad: a ramp, a bowl and a slow field, as coils and B0 leave them in an image."""
+    """Random phases (count, ny, nx) in rad: a ramp, a bowl and a slow field, as coils and B0 leave them in an image, up to 0.25 rad of a
+    finer one, and two bumps of up to 1.5 rad, as air leaves them in tissue. A quarter rad of what the central 24 x 24 samples cannot
+    show is what head scans have."""
     y, x = _axes(shape)
-    r = torch.rand(count, 5, generator=generator)[..., None, None]
+    r = torch.rand(count, 6, generator=generator)[..., None, None]
     slow = F.interpolate(torch.randn(count, 1, 4, 4, generator=generator), shape, mode="bicubic")[:, 0]
     ramp = 4 * (r[:, 0] - 0.5) * y + 4 * (r[:, 1] - 0.5) * x
-    return 2 * math.pi * r[:, 2] + ramp + 3 * (r[:, 3] - 0.5) * (x**2 + y**2) + 0.8 * r[:, 4] * slow
+    fine = F.interpolate(torch.randn(count, 1, 24, 24, generator=generator), shape, mode="bicubic")[:, 0]
+    r2 = torch.rand(count, 2, 4, generator=generator)[..., None, None]
+    away = (y - 1.2 * (r2[:, :, 0] - 0.5)) ** 2 + (x - 1.2 * (r2[:, :, 1] - 0.5)) ** 2
+    bumps = (3 * (r2[:, :, 2] - 0.5) * torch.exp(-away / (2 * (0.04 + 0.08 * r2[:, :, 3]) ** 2))).sum(1)
+    slow = 0.8 * r[:, 4] * slow + 0.25 * r[:, 5] * fine + bumps
+    return 2 * math.pi * r[:, 2] + ramp + 3 * (r[:, 3] - 0.5) * (x**2 + y**2) + slow
 
 
 def _axes(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

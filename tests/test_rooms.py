@@ -30,15 +30,17 @@ ALLOWED: dict[str, set[str]] = {
     # the noise levels are spoken in `schedule` only; a sampler takes any denoiser and knows none
     "schedule": set(),
     "network": set(),
+    "octaves": set(),
+    "muon": set(),
     "sample": {"schedule"},
     "intensity": {"operators", "errors"},
     # inference: no files here
-    "prior": {"schedule", "network", "intensity", "errors"},
+    "prior": {"schedule", "octaves", "network", "intensity", "errors"},
     "likelihood": FOUNDATION | {"intensity", "schedule"},
     "nonlinear": FOUNDATION | {"intensity", "schedule", "likelihood"},
-    "htransform": FOUNDATION | {"schedule", "network", "prior", "likelihood"},
+    "htransform": FOUNDATION | {"schedule", "network", "octaves", "prior", "likelihood"},
     "guidance": FOUNDATION | {"schedule", "prior", "likelihood", "sample"},
-    "amortised": FOUNDATION | {"schedule", "network", "prior", "likelihood"},
+    "amortised": FOUNDATION | {"schedule", "network", "octaves", "prior", "likelihood"},
     "finetune": FOUNDATION | {"schedule", "network", "prior", "likelihood", "htransform", "sample"},
     # edges: files here, no networks
     "io": FOUNDATION | {"io", "intensity"},
@@ -50,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "bundle": {"publish", "errors", "network", "prior", "htransform", "schedule", "intensity", "dialects", "volume", "card", "attribution"},
     "dialects": {"errors", "network", "prior", "schedule", "intensity", "dialects"},
     # the loop and the pages
-    "fit": INFERENCE | {"metrics", "config"},
+    "fit": INFERENCE | {"metrics", "config", "muon"},
     "subjects": FOUNDATION | {"io", "data"},
     "study": FOUNDATION | {"io"},
     "draws": INFERENCE | {"simulate", "config"},
