@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ class Reconstruction:
     """What a run made: images in the scan's unit (HU, or a.u. for an MR magnitude) on its grid, and how they were made.
 
     ``beside`` holds the classical methods that every result is shown with, the baseline first; ``std`` is the posterior standard
-    deviation per pixel (None for one sample), ``interval`` half the width of the interval about ``volume``; ``metrics`` holds per-slice
+    deviation per pixel (None for one sample), ``interval`` half the width of the interval about ``volume``, ``phase`` that of an
+    MR image in rad; ``metrics`` holds per-slice
     lists for every method where there is a reference; ``chi2`` the data misfit of mean, samples and the methods beside: 1 is
     "expected" for a sample, up to "deviation" = sqrt(2 / M), M "measurements" in all slices. ``trust`` says what interval and chi2 are
     worth (`deft_med.trust`), ``profile`` where the method's seconds went.
@@ -58,6 +59,7 @@ class Reconstruction:
     warnings: tuple[str, ...] = ()
     cross_check: dict | None = None
     interval: Volume | None = None
+    phase: Volume | None = None
     trust: dict = field(default_factory=dict)
     profile: dict = field(default_factory=dict)
 
@@ -125,6 +127,8 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
                 warnings += [f"slice {index + 1}: {method} {warning}"] if warning else []
             with clock("quality"):
                 keep("mean", problem, drawn.mean(1))
+                if problem.phase is not None:
+                    results.setdefault("phase", []).append(problem.phase(drawn.mean(1))[0])
                 if count > 1:
                     results.setdefault("std", []).append(problem.picture(drawn[0]).std(0, ddof=1))
                 if method == "deft" and estimate != "mean":
@@ -133,7 +137,8 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
                 if scan.reference is not None and problem.image is not None:
                     chi2.setdefault("reference", []).append(float(problem.likelihood.chi2(problem.image(scan.reference.data[index]))[0]))
     volumes = {name: _volume(np.stack(slices), scan) for name, slices in results.items()}
-    volume, std = volumes.pop("mean"), volumes.pop("std", None)
+    volume, std, phase = volumes.pop("mean"), volumes.pop("std", None), volumes.pop("phase", None)
+    phase = None if phase is None else replace(phase, unit="rad")
     measured = {}
     if scan.reference is not None:
         with clock("quality"):
@@ -156,8 +161,9 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
     drawn_by = {"estimate": estimate, "steps": 1 if estimate == "mean" else steps, "samples": count} if method == "deft" else {}
     provenance = {"method": method, **drawn_by, "seed": seed, "device": place.type, "protocol": scan.protocol, "noise": scan.noise_is}
     return Reconstruction(
-        volume=volume, std=std, interval=interval, trust=found, beside=beside, reference=scan.reference, method=method, estimate=estimate,
-        samples=count, steps=1 if estimate == "mean" else steps, metrics=measured, timing=clock.seconds, provenance=provenance,
+        volume=volume, std=std, interval=interval, phase=phase, trust=found, beside=beside, reference=scan.reference, method=method,
+        estimate=estimate, samples=count, steps=1 if estimate == "mean" else steps, metrics=measured, timing=clock.seconds,
+        provenance=provenance,
         simulated=scan.simulated, warnings=tuple(warnings),
         profile=shares(inner.seconds, clock.seconds[method]) if method == "deft" else {},
         chi2={name: sum(values) / len(values) for name, values in chi2.items()}

@@ -61,6 +61,7 @@ class Problem:
     picture: Callable[[Tensor], np.ndarray]  # u (K, C, ny, nx) -> [K, row, column] in the scan's unit
     predict: Callable[[Any, Tensor], Tensor]  # acquisition and u -> what it would measure, without noise
     deviation: Callable[[Tensor], Tensor]  # noise of a measurement -> by how much a prediction from the true image misses it
+    phase: Callable[[Tensor], np.ndarray] | None = None  # u (K, 2, ny, nx) of MR -> [K, row, column] in rad, as the coil maps have it
     image: Callable[[np.ndarray], Tensor] | None = None  # picture's way back, where nothing was lost: (row, column) -> u (1, C, ny, nx)
 
 
@@ -126,7 +127,7 @@ def _ct(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter
                    lambda u: window.restore(u)[:, 0].cpu().numpy(),
                    lambda acquisition, u: window.fold(encode(scan.grid, acquisition, device), mu_water=mu)(u)[:, 0],
                    lambda noise: unresolved(noise, max(scan.grid.spacing)),
-                   lambda hu: window.normalise(torch.from_numpy(hu)[None, None]).to(device))
+                   image=lambda hu: window.normalise(torch.from_numpy(hu)[None, None]).to(device))
 
 
 def bridged(y: Tensor, noise: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ def _slices(scan: Scan, y: Tensor, noise: Tensor, window: Window, device: str | 
     return Problem(likelihood, {"interpolation": interpolated, "tv": lambda: _told(*total_variation(likelihood, interpolated()[0]))},
                    ("interpolation",), lambda u: window.restore(u)[:, 0].cpu().numpy(),
                    lambda acquisition, u: SliceMean(acquisition).to(device)(window.restore(u))[:, 0], lambda noise: noise,
-                   lambda hu: window.normalise(torch.from_numpy(hu)[None, None]).to(device))
+                   image=lambda hu: window.normalise(torch.from_numpy(hu)[None, None]).to(device))
 
 
 def total_variation(likelihood: Gaussian | Transmission, x0: Tensor, weight: float = TV_WEIGHT) -> tuple[Tensor, Record]:
@@ -175,8 +176,8 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, inverse: str, device: 
     maps = coil_maps(kspace, region, level * _gain(scan)) if scan.maps is None else torch.from_numpy(scan.maps[index])
     rss = torch.linalg.vector_norm(maps, dim=0)
     maps = maps / torch.where(rss > 0, rss, 1.0)  # the networks' scale is the root sum of squares
-    maps = maps * torch.exp(1j * (maps.conj() * low_resolution(kspace)).sum(0).angle())  # and their images are real, about
-    y, noise, maps = y.to(device), noise.to(device), maps.to(device)
+    turn = torch.exp(1j * (maps.conj() * low_resolution(kspace)).sum(0).angle())  # and their images are real, about
+    y, noise, maps, turn = y.to(device), noise.to(device), (maps * turn).to(device), turn.to(device)
     acquisition: Cartesian | Trajectory = scan.acquisition  # type: ignore[assignment]
     physics = encoding(acquisition, maps)
     channels, scale = Complex(acquisition.shape), float(scale_of(kspace)) or 1.0
@@ -200,10 +201,13 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, inverse: str, device: 
         magnitude = torch.linalg.vector_norm(u, dim=1) * scale
         return central(magnitude.cpu().numpy(), scan.picture)
 
+    def phase(u: Tensor) -> np.ndarray:
+        return central((torch.complex(u[:, 0], u[:, 1]) * turn).angle().cpu().numpy(), scan.picture)
+
     classical = {"zero-filled": zero_filled, "cg-sense": sense,
                  "wavelet": sparse(wavelet, "wavelet"), "tv": sparse(tv, "tv")}
     return Problem(likelihood, classical, ("zero-filled", "cg-sense", "wavelet"), picture,
-                   lambda other, u: (encoding(other, maps) @ channels)(scale * u), lambda noise: noise)
+                   lambda other, u: (encoding(other, maps) @ channels)(scale * u), lambda noise: noise, phase)
 
 
 def _phaseless(scan: Scan, index: int, y: Tensor, noise: Tensor, device: str | torch.device) -> Problem:

@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: one per core)")
     p.add_argument("--format", choices=["dicom", "nifti", "both"], help="default: dicom for a DICOM input, else nifti")
     p.add_argument("--modality", choices=["CT", "MR"], help="what a NIfTI file holds, where its values do not tell")
+    p.add_argument("--phase", action="store_true", help="MR: also write the phase, in rad, as volume_phase.nii.gz")
     p.add_argument("--cross-check", action="store_true",
                    help="also predict 5 %% of the measurements from the others, by every method that is shown")
     p.add_argument("--overwrite", action="store_true", help="replace the output of an earlier run")
@@ -121,6 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
     from deft_med.pipeline import SAMPLES, STEPS, check_method, reconstruct
 
     check_method(arguments.method, source.modality)
+    if arguments.phase and source.modality != "MR":
+        raise UsageError(f"--phase is for MR, the input is {source.modality}: leave it out")
     protocol = protocol_of(arguments.protocol or DEFAULTS[source.modality][0])
     if source.scan is None:
         if protocol.modality != source.modality:
@@ -241,6 +244,8 @@ def publish(result, source, out, arguments, wanted: str, model, flags: list[str]
         spread = f"posterior standard deviation of {result.samples} samples ({width})"
         pictures += [("_std", "STDDEV", result.std, f"{marked}standard deviation", f"{spread}, {how}", forms),  # times one number, it is:
                      ("_interval", "INTERVAL", result.interval, f"{marked}half-width of the interval", f"{width}, {how}", ("nifti",))]
+    if arguments.phase and result.phase is not None:
+        pictures.append(("_phase", "PHASE", result.phase, "phase", f"phase in rad, as the coil maps have it, {how}", ("nifti",)))
     with published(out, arguments.overwrite) as folder:
         for suffix, kind, volume, description, derivation, forms in pictures:
             for form in forms:

@@ -126,7 +126,8 @@ def test_nothing_is_left_when_publishing_fails(tmp_path: Path) -> None:
 
 def test_the_phantom_with_a_cross_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
-    assert main(["--example", "mr", "--method", "cg-sense", "--cross-check", "--out", str(out)]) == 0
+    assert main(["--example", "mr", "--method", "cg-sense", "--cross-check", "--phase", "--out", str(out)]) == 0
+    assert (out / "volume_phase.nii.gz").is_file()
     *_, last = capsys.readouterr().err.strip().splitlines()
     assert "held-out error" in last and "(zero-filled" in last and "nothing" not in last
     provenance = json.loads((out / "run.json").read_text())["provenance"]

@@ -11,9 +11,10 @@ from deft_med.crosscheck import cross_check, hold_out
 from deft_med.errors import UsageError
 from deft_med.pipeline import reconstruct
 from deft_med.problem import pose, with_known_noise
-from deft_med.simulate import coil_maps, simulate, slice_generator
+from deft_med.simulate import coil_maps, simulate, slice_generator, smooth_phase
 from deft_med.volume import Scan, Volume
 from operators.geometry import Cartesian
+from operators.mri import Fourier
 
 
 def brain(slices: int = 1, n: int = 64) -> Volume:
@@ -62,6 +63,26 @@ def test_classical_methods_answer_in_the_unit_of_the_source(pattern: str) -> Non
     assert errors["cg-sense"] < errors["zero-filled"]
     assert errors["wavelet"] < errors["zero-filled"]
     assert errors["tv"] < 0.15
+
+
+def test_the_phase_is_that_of_the_image_by_the_maps_and_images_are_nearly_real() -> None:
+    generator = torch.Generator().manual_seed(3)
+    magnitude = torch.from_numpy(brain().data[0])
+    truth = torch.polar(magnitude, smooth_phase(1, (64, 64), generator)[0])
+    maps = coil_maps(1, 4, (64, 64), generator)
+    y = Fourier((64, 64))(maps * truth).numpy()
+    scan = Scan(y=y, acquisition=Cartesian.of(np.ones((64, 64), bool)), grid=study().grid, noise=np.float32(0.1).reshape(1, 1, 1, 1),
+                modality="MR", maps=maps.numpy())
+    problem = pose(scan)
+    with torch.no_grad():
+        u, _ = problem.classical["cg-sense"]()
+    body = magnitude.numpy() > 100
+    assert problem.phase is not None
+    apart = np.angle(np.exp(1j * (problem.phase(u)[0] - truth.angle().numpy())))[body]
+    assert np.abs(apart).max() < 0.02
+    assert float(u[:, 1].norm() / u[:, 0].norm()) < 0.3
+    result = reconstruct(study(), method="cg-sense")
+    assert result.phase is not None and result.phase.unit == "rad" and np.abs(result.phase.data).max() <= np.float32(np.pi)
 
 
 def test_reconstruct_serves_both_modalities_with_the_same_words() -> None:
