@@ -107,6 +107,19 @@ def test_an_asymmetric_echo_keeps_its_oversampling(tmp_path: Path) -> None:
     assert scan.crop == (24, 16) and scan.grid.spacing == pytest.approx((1.5, 1.5)) and "oversampling stays" in source.describe()
 
 
+@pytest.mark.parametrize("echo", [0, 9])
+def test_empty_slices_do_not_say_where_the_readout_runs(echo: int, tmp_path: Path) -> None:
+    """A stack whose first slices are padding: the readout's extent is that of the first slice that holds anything."""
+    padded = np.concatenate([np.zeros_like(KSPACE), KSPACE, np.zeros_like(KSPACE[:1])])
+    padded[:, :, :echo] = 0
+    padded[1, :, :, 3] = 1  # beyond the mask: no sample
+    mask = np.arange(20) != 3
+    scan = scan_of(read(fastmri(tmp_path, kspace=padded, mask=mask, reconstruction_rss=None)))
+    assert scan.y.shape == (5, 3, 48 if echo else 24, 20) and (scan.acquisition.mask.any(0) == mask).all()
+    np.testing.assert_allclose(scan.y[2:4], (padded[2:4] if echo else WANTED) * mask, atol=1e-4)
+    assert not scan.y[[0, 1, 4]].any()
+
+
 def test_noise_from_the_edges_of_the_readout(tmp_path: Path) -> None:
     noisy = fft2c(coil_images(1, 4, 128, 64)) + noise((1, 4, 128, 64), 0.05)
     for coils, words in ((4, "whitened by the noise in the edges"), (1, "noise level from the edges")):

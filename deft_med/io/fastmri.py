@@ -40,8 +40,8 @@ def read(file: h5py.File, *, digest: str, max_bytes: int) -> Source:
     coils = raw.shape[1] if raw.ndim == 4 else 1
     notes: list[str] = []
     header = encoding.parse(hdf5.header(file, "ismrmrd_header", max_bytes)) if "ismrmrd_header" in file else None
-    first = _slice(raw, 0)
-    rows = (first != 0).any((0, 2))
+    stated = _columns(file, header, width, max_bytes)
+    rows = next(filter(np.any, (_rows(raw, index, stated) for index in range(slices))), np.zeros(height, bool))
     if header is None:
         plan = encoding.Layout(height, None, None)
         notes.append("no header XML: zero-padding known from zero columns only")
@@ -51,13 +51,12 @@ def read(file: h5py.File, *, digest: str, max_bytes: int) -> Source:
         plan = encoding.layout(header, (height, width), whole=bool(rows.all()))
         if not rows.all():
             notes.append("readout not sampled from end to end: its oversampling stays")
-    stated = _columns(file, header, width, max_bytes)
     if slices * coils * plan.rows * width * 8 > max_bytes:
         raise ResourceError(f"kspace needs more than {max_bytes / 2**30:.3g} GiB; give fewer slices or raise max_bytes")
     y = np.empty((slices, coils, plan.rows, width), np.complex64)
     filled, edges = np.zeros(width, bool), []
     for index in range(slices):
-        image = first if index == 0 else _slice(raw, index)
+        image = _slice(raw, index)
         image[..., ~stated] = 0
         here = (image != 0).any((0, 1))
         if index and filled.any() and here.any() and (here != filled).any():
@@ -91,6 +90,11 @@ def _slice(raw: h5py.Dataset, index: int) -> NDArray[np.complex64]:
     if not np.isfinite(image).all():
         raise UnsupportedError(f"kspace holds values that are not finite (NaN), in slice {index + 1} of {len(raw)}; export it again")
     return image.reshape(-1, *image.shape[-2:])
+
+
+def _rows(raw: h5py.Dataset, index: int, columns: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Rows (height,) that hold anything in these columns of one slice: none at all where it is padding, or was lost."""
+    return (_slice(raw, index)[..., columns] != 0).any((0, 2))
 
 
 def _columns(file: h5py.File, header: encoding.Header | None, width: int, max_bytes: int) -> NDArray[np.bool_]:
