@@ -72,7 +72,7 @@ def test_the_phase_is_that_of_the_image_by_the_maps_and_images_are_nearly_real()
     maps = coil_maps(1, 4, (64, 64), generator)
     y = Fourier((64, 64))(maps * truth).numpy()
     scan = Scan(y=y, acquisition=Cartesian.of(np.ones((64, 64), bool)), grid=study().grid, noise=np.float32(0.1).reshape(1, 1, 1, 1),
-                modality="MR", maps=maps.numpy())
+                maps=maps.numpy())
     problem = pose(scan)
     with torch.no_grad():
         u, _ = problem.classical["cg-sense"]()
