@@ -9,11 +9,11 @@ import pytest
 from safetensors.torch import save_file
 from test_pipeline import head
 
-from deft_med import benchmark, bundle, export
-from deft_med.benchmark import digest, table
+from deft_med import benchmark, bundle, export, scores
 from deft_med.errors import UsageError
 from deft_med.kinds import bare
 from deft_med.kinds import trained as load_trained
+from deft_med.study import digest
 from deft_med.subjects import entries, pool
 
 
@@ -33,9 +33,9 @@ def test_a_table_is_measured_once_and_counts_subjects(scans: Path, tmp_path: Pat
     command = [str(scans), "--protocol", str(tmp_path / "small.yaml"), *methods]
     assert benchmark.main(command) == 0
     first = capsys.readouterr().out
-    assert "n = 2 subjects, 3 slices" in first and "| fbp:hann:0.7 |" in first
+    assert "2 subjects, 3 slices" in first and "| fbp:hann:0.7 | 2 / 3 |" in first
     count = len((tmp_path / "out" / "results.jsonl").read_text().splitlines())
-    assert count == 6
+    assert count == 6 and {f.name for f in (tmp_path / "out").iterdir()} >= {"table.md", "table.json", "quality.png"}
     assert benchmark.main(command) == 0
     assert capsys.readouterr().out == first
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == count
@@ -44,12 +44,12 @@ def test_a_table_is_measured_once_and_counts_subjects(scans: Path, tmp_path: Pat
 
 
 def test_subjects_weigh_alike_and_missing_numbers_are_left_out() -> None:
-    keys = ("psnr", "ssim", "psnr_body", "ssim_body", "chi2", "seconds", "cpu_seconds")
-    rows = [{"subject": s, "slice": k, "method": "m", "converged": k != 1, **dict.fromkeys(keys, value)}
+    rows = [{"subject": s, "slice": k, "method": "m", "converged": k != 1, **dict.fromkeys(scores.NUMBERS, value)}
             for s, k, value in (("a", 0, 10.0), ("a", 1, 20.0), ("b", 0, 30.0))]
     rows[2]["psnr_body"] = None
-    line = table(rows, ["m", "unused"]).splitlines()[-1]
-    assert line.startswith("| m (1 not converged) | 22.50 ± 10.61 |") and "| 15.00 |" in line
+    found = scores.summary(rows, ["m", "unused"], "m")
+    line = scores.table(found, "CT", "m").splitlines()[2]
+    assert line.startswith("| m (1 not converged) | 2 / 3 | 22.50 ± 10.61 |") and "| 15.00 |" in line and len(found) == 1
     assert digest(0, "a", 1) != digest(0, "b", 1) != digest(1, "b", 1)
 
 

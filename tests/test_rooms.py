@@ -68,10 +68,20 @@ ALLOWED: dict[str, set[str]] = {
     "page": {"figure", "metrics", "trust"},
     "report": {"figure", "page"},
     "phantom": {"operators"},
+    # the benchmark: names, runs, statistics, pictures
+    "meter": set(),
+    "peers": INFERENCE,
+    "methods": {"guidance", "peers", "pipeline", "errors"},
+    "bench": EDGES | {"methods", "meter", "peers", "kinds", "pipeline", "problem", "nonlinear"},
+    "tuning": {"methods", "errors"},
+    "survey": EDGES | {"bench", "study"},
+    "scores": {"methods"},
+    "chart": {"methods"},
     "testing": INFERENCE | {"metrics"},
     # the commands: anything but each other
     **{name: EDGES | {"pipeline", "problem", "crosscheck", "fit", "kinds", "draws", "publish", "subjects", "study", "trust", "attribution",
-                      "report", "lesions", "phantom", "testing"} for name in COMMANDS},
+                      "report", "lesions", "phantom", "testing", "methods", "bench", "tuning", "survey", "scores", "chart"}
+       for name in COMMANDS},
 }
 
 OPERATORS: dict[str, set[str]] = {
@@ -113,10 +123,11 @@ DOORS: dict[str, set[str]] = {
     "h5py": {"deft_med.io"},
     "safetensors": {"deft_med.bundle", "deft_med.data", "deft_med.fit", "deft_med.kinds", "deft_med.dialects"},
     "yaml": {"deft_med.config", "deft_med.export"},
-    "matplotlib": {"deft_med.report", "deft_med.figure"},
+    "matplotlib": {"deft_med.report", "deft_med.figure", "deft_med.chart"},
     "skimage": set(),
     "pickle": set(),
     "mrpro": {"operators.bench"},
+    "deepinv": {"deft_med.peers"},
     "argparse": {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.export", "deft_med.bundle", "deft_med.calibrate",
                  "operators.bench"},
     "tqdm": {"deft_med.reconstruct", "deft_med.train", "deft_med.benchmark", "deft_med.fit", "deft_med.pipeline"},

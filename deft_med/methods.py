@@ -1,0 +1,100 @@
+"""Methods by name: what a benchmark's method says, without running it.
+
+A method is NAME[:WORD...][:SETTING=VALUE...]. Without a network fbp:WINDOW:cutoff=C, tv:weight=W and the other classical methods of a
+problem; networks trained on pairs supervised:DIR, conditional:DIR; samplers on the model's prior deft, `guidance.METHODS` and, where
+installed, `peers.PEERS`. Of samplers, conditional ones included, a WORD is a number of samples to average, "sample" for one or, where
+one evaluation at the highest noise level answers, "mean"; they know the setting steps. ``deft+dc`` takes four steps of data
+consistency, ``deft-dc`` none, deft what the card says or ``consistency``; eta, trust and mirrored replace the card's too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from deft_med import guidance, peers
+from deft_med.errors import UsageError
+from deft_med.pipeline import STEPS
+
+GUIDED = {**guidance.METHODS, **peers.PEERS}
+CONSISTENCY = {"deft": None, "deft-dc": 0, "deft+dc": 4}
+TRAINED = ("supervised", "conditional")
+POSTERIOR = (*CONSISTENCY, "conditional")  # their samples start around a posterior mean that they share
+CLASSICAL = {"fbp": ("cutoff",), "tv": ("weight",), "zero-filled": (), "cg-sense": (), "wavelet": (), "interpolation": (),
+             "projections": ()}  # fmt: skip
+SLOW = 200  # evaluations of a sample
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as it was typed, and what that says; ``count`` None leaves the number of samples open, 0 stands for "mean"."""
+
+    text: str
+    name: str
+    folder: str = ""
+    words: tuple[str, ...] = ()
+    count: int | None = None
+    settings: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> bool:
+        """Whether it is a sampler."""
+        return self.name in GUIDED or self.name in POSTERIOR
+
+    @property
+    def steps(self) -> int:
+        """Evaluations of a sample; 0 where there is no sampling."""
+        return int(self.settings.get("steps", GUIDED[self.name].steps if self.name in GUIDED else STEPS if self.samples else 0))
+
+    @property
+    def slow(self) -> bool:
+        """More than 200 evaluations a sample, or backpropagation through the prior."""
+        return self.steps > SLOW or (self.name in GUIDED and GUIDED[self.name].through_prior)
+
+    def like(self, count: int | None, settings: Mapping[str, float]) -> str:
+        """The text of the same method with another count and further settings."""
+        word = {None: [], 0: ["mean"], 1: ["sample"]}.get(count, [str(count)])
+        values = [f"{key}={value:.4g}" for key, value in {**self.settings, **settings}.items()]
+        return ":".join([self.name, *filter(None, [self.folder]), *self.words, *word, *values])
+
+
+def parse(text: str) -> Entry:
+    """What a method's text says. Raises UsageError for an unknown method, word or setting."""
+    name, *parts = text.strip().split(":")
+    if name not in {*CLASSICAL, *TRAINED, *CONSISTENCY, *GUIDED}:
+        raise UsageError(f"unknown method {text!r}: python -m deft_med.benchmark --help lists them")
+    folder = parts.pop(0) if name in TRAINED and parts else ""
+    if name in TRAINED and not folder:
+        raise UsageError(f"method {name} wants the folder of a training: {name}:DIR")
+    known = {"steps", "eta", "trust", "mirrored", "consistency"} if name in POSTERIOR else set(CLASSICAL.get(name, ()))
+    if name in GUIDED:
+        known = {"steps", *GUIDED[name].settings, *GUIDED[name].walk}
+    settings: dict[str, float] = {}
+    words, count = [], None
+    for part in filter(None, parts):
+        key, is_setting, value = part.partition("=")
+        if not is_setting and name in ("fbp", "tv") and _number(part) is not None:
+            key, is_setting, value = next(iter(known)), "=", part  # tv:3 and fbp:hann:0.7
+        if is_setting:
+            if key not in known or _number(value) is None:
+                raise UsageError(f"method {text}: no setting {part!r} (known are {', '.join(sorted(known)) or 'none'}, each a number)")
+            settings[key] = float(value)
+        elif name in GUIDED or name in POSTERIOR:
+            if part == "mean" and name in POSTERIOR:
+                count = 0
+            elif part == "sample" or part.isdigit() and int(part) > 0:
+                count = 1 if part == "sample" else int(part)
+            else:
+                raise UsageError(f"method {text}: {part!r} is no number of samples")
+        elif name == "fbp":
+            words.append(part)
+        else:
+            raise UsageError(f"method {text}: {name} knows no {part!r}")
+    if settings.get("steps", 2) < 2:
+        raise UsageError(f"method {text}: wants 2 steps or more; deft:mean takes one")
+    return Entry(text.strip(), name, folder, tuple(words), count, settings)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,71 @@
+"""A survey: methods on the slices of many subjects, record by record in a file that a later run goes on from."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from deft_med.bench import Bench
+from deft_med.config import KSpaceProtocol, Protocol, SliceProtocol
+from deft_med.simulate import simulate
+from deft_med.study import chosen_slices, digest
+
+
+class Survey:
+    """``records`` of all that was asked for; ``asked`` holds the (subject, slice) of the study, ``few`` those that slow methods run on.
+
+    Args:
+        listed: images with their subjects (`subjects.entries`), of which the first ``subjects`` take part.
+        file: JSON lines. Records of other protocols, seeds, devices and settings stay in it and are not used.
+        few: slow methods run on the middle slice of so many evenly spaced subjects.
+        tell: takes a line on how far the survey is, and one for every method that a problem does not suit.
+    """
+
+    def __init__(self, bench: Bench, listed: list[dict], protocol: Protocol | KSpaceProtocol | SliceProtocol, file: Path, *,
+                 subjects: int | None = None, few: int = 6, seed: int = 0, tell: Callable[[str], None] = lambda _: None) -> None:
+        self.bench, self.listed, self.protocol, self.file, self.seed, self.tell = bench, listed, protocol, file, seed, tell
+        self.subjects = sorted({e["subject"] for e in listed})[:subjects]
+        places = np.linspace(0, len(self.subjects) - 1, min(few, len(self.subjects))).round().astype(int)
+        self.chosen = {self.subjects[k] for k in places}
+        self.records: list[dict] = []
+        self.asked: set[tuple[str, int]] = set()
+        self.few: set[tuple[str, int]] = set()
+        self._told: set[str] = set()
+
+    def measure(self, methods: Sequence[str], slow: Sequence[str], slices: int) -> None:
+        """``methods`` on up to ``slices`` of every subject, ``slow`` ones on the middle one of those of a few subjects."""
+        everything = list(dict.fromkeys([*methods, *slow]))
+        settings = {m: self.bench.settings(m) for m in everything}
+        run = {"protocol": self.protocol.name, "seed": self.seed, "device": self.bench.device.type}
+        lines = self.file.read_text("utf-8").splitlines() if self.file.exists() else []
+        self.records = [r for r in map(json.loads, lines) if r.items() >= run.items() and r["settings"] == settings.get(r["method"])]
+        have = {(r["subject"], r["slice"], r["method"]) for r in self.records}
+        begun, made = time.monotonic(), 0.0
+        for number, subject in enumerate(self.subjects):
+            own = list(chosen_slices([e for e in self.listed if e["subject"] == subject], slices, self.protocol.modality))
+            for key, volume in own:
+                middle = subject in self.chosen and key == own[len(own) // 2][0]
+                self.asked.add((subject, key))
+                self.few |= {(subject, key)} if middle else set()
+                missing = [m for m in (everything if middle else methods) if (subject, key, m) not in have]
+                if not missing:
+                    continue
+                scan = simulate(volume, self.protocol, seed=digest(self.seed, subject, key))
+                for record in self.bench.measure(scan, missing, self._once):
+                    record |= {"subject": subject, "slice": key, **run, "settings": settings[record["method"]]}
+                    self.records.append(record)
+                    with self.file.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(record) + "\n")
+                made += sum(map(self.bench.effort, missing))
+            later = self.subjects[number + 1:]
+            left = len(later) * slices * sum(map(self.bench.effort, methods))
+            left += len(self.chosen.intersection(later)) * sum(map(self.bench.effort, slow))
+            minutes = (time.monotonic() - begun) / made * left / 60 if made else 0.0
+            self.tell(f"{number + 1}/{len(self.subjects)} subjects, about {minutes:.0f} min left")
+
+    def _once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            self.tell(line)
