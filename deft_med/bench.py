@@ -1,6 +1,7 @@
 """Methods run: a method's image on the problem of one slice, and everything that is measured of it."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,12 +89,18 @@ class Bench:
             return f"{method}: skipped, its network was fed backprojections or SENSE images, and {type(likelihood).__name__} has none"
         return ""
 
-    def measure(self, scan: Scan, methods: Iterable[str], tell: Callable[[str], None] = lambda _: None) -> Iterator[dict]:
-        """A record of every method on a scan of one slice: metrics, chi2, cost and, of several samples, calibration."""
+    def measure(self, scan: Scan, methods: Iterable[str], tell: Callable[[str], None] = lambda _: None, *,
+                brightest: float | None = None) -> Iterator[dict]:
+        """A record of every method on a scan of one slice: metrics, chi2, cost and, of several samples, calibration.
+
+        ``brightest`` is the maximum of the volume that an MR slice is of, the range of its PSNR; the slice's own without it.
+        """
         assert scan.reference is not None
         truth = scan.reference.data
-        measures, mask = (metrics.ct_metrics, metrics.body_mask) if scan.modality == "CT" else (metrics.mr_metrics, metrics.head_mask)
-        region = mask(truth[0])
+        measures: Callable[..., dict] = metrics.ct_metrics
+        if scan.modality == "MR":
+            measures = functools.partial(metrics.mr_metrics, data_range=brightest)
+        region = metrics.MASKS[scan.modality](truth[0])
         with torch.no_grad():
             problem = pose(scan, device=self.device)
             problem.likelihood.direct()  # the ray matrix is built outside the clock

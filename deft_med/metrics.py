@@ -216,16 +216,17 @@ def ct_metrics(x: ArrayLike, ref: ArrayLike) -> dict[str, Any]:
     return _summary(_agreement(image, truth, high - low, "body", body_mask(truth)))
 
 
-def mr_metrics(x: ArrayLike, ref: ArrayLike) -> dict[str, Any]:
+def mr_metrics(x: ArrayLike, ref: ArrayLike, *, data_range: float | None = None) -> dict[str, Any]:
     """PSNR (dB), SSIM and NMSE of the magnitudes of MR volumes (slice, row, column), real or complex, not clipped, per slice.
 
-    The range is the maximum of the reference volume. Returns {"psnr", "ssim", "nmse", "psnr_head", "ssim_head", "mean", "sd"} as
-    `ct_metrics` does: full frame, and inside the reference's head mask. Raises ValueError for a reference that is zero everywhere.
+    The range is the maximum of the reference volume: ``data_range`` where ``ref`` is but a part of it. Returns {"psnr", "ssim", "nmse",
+    "psnr_head", "ssim_head", "mean", "sd"} as `ct_metrics` does: full frame, and inside the reference's head mask. Raises ValueError for
+    a reference that is zero everywhere and no range.
     """
     image, truth = (np.abs(v) for v in _volumes("mr_metrics", x, ref))
-    if not truth.any():
+    if data_range is None and not truth.any():
         raise ValueError("mr_metrics needs a reference that is not zero everywhere")
-    result = _agreement(image, truth, float(truth.max()), "head", head_mask(truth))
+    result = _agreement(image, truth, float(truth.max()) if data_range is None else data_range, "head", head_mask(truth))
     return _summary(result | {"nmse": [nmse(i, t) for i, t in zip(image, truth)]})
 
 

@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 from deft_med.methods import parse
 
 WORDS = {"CT": "PSNR and SSIM: range 2000 HU, both sides clipped to [-1000, 1000] HU, full frame, and inside the reference's body mask",
-         "MR": "PSNR and SSIM of magnitudes: range the maximum of the reference slice, full frame, and inside the reference's head mask"}
+         "MR": "PSNR and SSIM of magnitudes: range the maximum of the reference volume, full frame, and inside the reference's head mask"}
 NUMBERS = {  # a record's key: its column and its decimals
     "psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "psnr_body": ("PSNR {region}", 2), "ssim_body": ("SSIM {region}", 3), "chi2": ("chi2", 3),
     "chi2_samples": ("chi2 samples", 3), "coverage": ("in 90 %", 3), "nfe": ("NFE", 0), "seconds": ("s / slice", 2),

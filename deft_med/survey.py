@@ -9,8 +9,9 @@ import numpy as np
 
 from deft_med.bench import Bench
 from deft_med.config import KSpaceProtocol, Protocol, SliceProtocol
-from deft_med.simulate import simulate
-from deft_med.study import chosen_slices, digest
+from deft_med.simulate import reconstruction_grid, simulate
+from deft_med.study import chosen_places, digest
+from deft_med.volume import Volume
 
 
 class Survey:
@@ -44,16 +45,19 @@ class Survey:
         have = {(r["subject"], r["slice"], r["method"]) for r in self.records}
         begun, made = time.monotonic(), 0.0
         for number, subject in enumerate(self.subjects):
-            own = list(chosen_slices([e for e in self.listed if e["subject"] == subject], slices, self.protocol.modality))
-            for key, volume in own:
+            own = list(chosen_places([e for e in self.listed if e["subject"] == subject], slices, self.protocol.modality))
+            ranges: dict[int, float] = {}
+            for key, stack, k in own:
                 middle = subject in self.chosen and key == own[len(own) // 2][0]
                 self.asked.add((subject, key))
                 self.few |= {(subject, key)} if middle else set()
                 missing = [m for m in (everything if middle else methods) if (subject, key, m) not in have]
                 if not missing:
                     continue
-                scan = simulate(volume, self.protocol, seed=digest(self.seed, subject, key))
-                for record in self.bench.measure(scan, missing, self._once):
+                scan = simulate(_slice(stack, k), self.protocol, seed=digest(self.seed, subject, key))
+                if scan.modality == "MR" and id(stack) not in ranges:
+                    ranges[id(stack)] = brightest(stack, self.protocol.grid)
+                for record in self.bench.measure(scan, missing, self._once, brightest=ranges.get(id(stack))):
                     record |= {"subject": subject, "slice": key, **run, "settings": settings[record["method"]]}
                     self.records.append(record)
                     with self.file.open("a", encoding="utf-8") as file:
@@ -69,3 +73,12 @@ class Survey:
         if line not in self._told:
             self._told.add(line)
             self.tell(line)
+
+
+def brightest(volume: Volume, size: int) -> float:
+    """The maximum of an MR study's reference volume: of the area means of its slices on the reconstruction grid."""
+    return float(volume.resample_to(reconstruction_grid(volume, size)).data.max())
+
+
+def _slice(volume: Volume, k: int) -> Volume:
+    return Volume(volume.data[k:k + 1], volume.affine, volume.unit)

@@ -225,3 +225,13 @@ def test_refusals() -> None:
         metrics.mr_metrics(a, a)
     with pytest.raises(ValueError, match="not zero everywhere"):
         metrics.mr_metrics(a[None], a[None])
+
+
+def test_mr_range_of_a_part_is_that_of_its_volume(rng: np.random.Generator) -> None:
+    ref = rng.random((2, 16, 16)) * np.array([1.0, 0.25])[:, None, None]
+    x = ref + 0.01 * rng.standard_normal(ref.shape)
+    whole, part = metrics.mr_metrics(x, ref), metrics.mr_metrics(x[1:], ref[1:], data_range=float(ref.max()))
+    assert part["psnr"] == whole["psnr"][1:] and part["ssim"] == whole["ssim"][1:]
+    assert part["psnr"][0] > metrics.mr_metrics(x[1:], ref[1:])["psnr"][0] + 10
+    empty = metrics.mr_metrics(x[1:], 0 * ref[1:], data_range=1.0)
+    assert empty["psnr"][0] is not None and empty["psnr_head"] == [None]
