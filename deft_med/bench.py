@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from deft_med import bundle, guidance, metrics, peers
 from deft_med.bundle import Model
 from deft_med.errors import UsageError
+from deft_med.finetune import sample_online
 from deft_med.kinds import trained
 from deft_med.likelihood import Gaussian
 from deft_med.meter import Meter
-from deft_med.methods import CLASSICAL, CONSISTENCY, GUIDED, POSTERIOR, TRAINED, Entry, parse
+from deft_med.methods import CLASSICAL, CONSISTENCY, GUIDED, ONLINE, POSTERIOR, TRAINED, Entry, parse
 from deft_med.network import use_half
 from deft_med.nonlinear import Transmission
 from deft_med.pipeline import SAMPLES, draw_posterior
@@ -57,8 +58,7 @@ class Bench:
     def effort(self, method: str) -> float:
         """A guess at what a method costs, in evaluations of the prior: for the time that is left."""
         entry = parse(method)
-        back = entry.name in GUIDED and GUIDED[entry.name].through_prior
-        return max(1, self.count(entry)) * max(1, entry.steps if entry.count != 0 else 1) * (3 if back else 1)
+        return max(1, self.count(entry)) * max(1, entry.steps if entry.count != 0 else 1) * (3 if entry.through_prior else 1)
 
     def settings(self, method: str) -> dict:
         """What a number depends on beside scan and method: rows of other settings are not reused. Checks the method's text."""
@@ -71,11 +71,15 @@ class Bench:
         if entry.name in POSTERIOR:
             card = self._model(entry).card
             found |= {"steps": entry.steps, "sampling": dataclasses.asdict(card.sampling)} | (
-                {} if entry.folder else {"model": card.sha256, "filter": card.h.residual["window"]})
+                {} if entry.folder else {"model": card.sha256, "residual": card.h.residual})
         if entry.name in GUIDED:
             method_ = GUIDED[entry.name]
             found |= {"model": self._model().card.sha256["prior.safetensors"], "steps": entry.steps,
                       "settings": {**method_.settings, **method_.walk, **entry.settings}}
+        if entry.name == "deft-online":
+            card = self._model().card
+            found |= {"model": card.sha256["prior.safetensors"], "residual": card.h.residual,
+                      "settings": {**ONLINE, **entry.settings}}
         return found
 
     def refusal(self, method: str, problem: Problem) -> str:
@@ -85,6 +89,8 @@ class Bench:
             return f"{method}: skipped, the problem has only {', '.join(problem.classical)} of the classical methods"
         if entry.name in GUIDED and GUIDED[entry.name].linear and not isinstance(likelihood, Gaussian):
             return f"{method}: skipped, it asks for a linear forward model with Gaussian noise, not {type(likelihood).__name__}"
+        if entry.name == "deft-online" and not isinstance(likelihood, Gaussian):
+            return f"{method}: skipped, it was tried with linear forward models and Gaussian noise only, not {type(likelihood).__name__}"
         if entry.name in TRAINED and not isinstance(likelihood, Gaussian | Transmission):
             return f"{method}: skipped, its network was fed backprojections or SENSE images, and {type(likelihood).__name__} has none"
         return ""
@@ -163,6 +169,10 @@ class Bench:
     def _draw(self, entry: Entry, likelihood: Any, count: int, steps: int | None = None) -> Tensor:
         """Samples (K, C, ny, nx); with one step the posterior mean."""
         model = self._model(entry)
+        if entry.name == "deft-online":
+            said = {**ONLINE, **entry.settings}
+            return sample_online(model.deft.prior, self._fed(likelihood, model.filter, model.inverse), iterations=int(said["iterations"]),
+                                 rate=said["rate"], seed=self.seed, generator=slice_generator(self.seed, 0, purpose="sample"))
         if entry.name in GUIDED:
             settings = {key: value for key, value in entry.settings.items() if key != "steps"}
             if "sd" in GUIDED[entry.name].settings:
@@ -178,7 +188,7 @@ class Bench:
             likelihood = self._fed(likelihood, config.filter, config.inverse)
             model = cast(Model, Amortised.of(model, module))
         else:
-            likelihood = _filtered(likelihood, model.filter)
+            likelihood = self._fed(likelihood, model.filter, model.inverse)
         return draw_posterior(likelihood, model, steps=entry.steps if steps is None else steps, samples=count, seed=self.seed,
                               consistency=self._consistency(entry))[0]
 

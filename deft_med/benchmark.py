@@ -3,8 +3,8 @@
 METHODS is a list with commas. CT: fbp[:WINDOW[:CUTOFF]], tv[:WEIGHT]; MR: zero-filled, cg-sense, wavelet, tv. supervised:DIR and
 conditional:DIR are networks trained on pairs (a training's folder). On the model's prior: deft[:mean|:sample|:K] (K: mean of K samples;
 deft-dc, deft+dc without and with data-consistency steps), and without training dps, pigdm, dds, ddnm, diffpir, red-diff,
-reconstruction and, with the extra peers, deepinv-dps, deepinv-diffpir, each with [:K]. All of them take settings, :NAME=VALUE: steps,
-and those of deft_med/guidance.py and deft_med/methods.py.
+reconstruction and, with the extra peers, deepinv-dps, deepinv-diffpir, each with [:K]; deft-online trains its own h on the
+measurement, for one sample. All of them take settings, :NAME=VALUE: steps, and those of deft_med/guidance.py and deft_med/methods.py.
 
 --tune chooses the settings that a method's text leaves open on the tune subjects, by the grid of configs/benchmark.yaml, the same
 number for each. Slow methods (over 200 evaluations a sample, or backpropagation through the prior) run on one slice of six subjects
@@ -33,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--plan", default="benchmark", metavar="NAME|FILE", help="what --tune tries, and what slow methods run on")
     p.add_argument("--reference", metavar="METHOD", help="what the others are compared with (default: DEFT's default)")
     p.add_argument("--sweep", metavar="N,N,...", help="deft with these numbers of steps, on the slices of the slow methods")
+    p.add_argument("--lesions", type=int, default=0, metavar="N",
+                   help="put N disks of 8 mm and 20, 60 and 200 HU into the scans, and see what the methods leave of them (CT)")
+    p.add_argument("--lesions-slow", action="store_true", help="also by the slow methods: four images a slice")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: %(default)s)")
     p.add_argument("--threads", type=int)
@@ -58,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
+    from deft_med import lesions
     from deft_med.bench import Bench
     from deft_med.config import load
     from deft_med.config import protocol as protocol_of
@@ -69,10 +73,17 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if (arguments.samples or 1) < 1 or arguments.slices < 1:
-        raise UsageError(f"samples and slices are at least 1, got {arguments.samples} and {arguments.slices}")
+    counts = arguments.samples, arguments.slices, arguments.subjects
+    if any(count is not None and count < 1 for count in counts):
+        raise UsageError(f"samples and slices are at least 1, as are subjects, got {', '.join(map(str, counts))}")
+    if arguments.lesions < 0:
+        raise UsageError(f"--lesions wants a number of disks, got {arguments.lesions}")
     protocol, plan, out = protocol_of(arguments.protocol), load(arguments.plan, Plan), Path(arguments.out)
     methods = [name.strip() for name in arguments.methods.split(",") if name.strip()]
+    if not methods:
+        raise UsageError(f"--methods names none, got {arguments.methods!r}")
+    if arguments.lesions:
+        lesions.check(protocol)
     reference = arguments.reference
     if reference and reference not in methods:
         raise UsageError(f"--reference is one of --methods, got {reference!r}")
@@ -85,7 +96,10 @@ def run(arguments: argparse.Namespace) -> None:
     manifest = Path(arguments.manifest) if arguments.manifest else None
 
     def listed(split: str) -> list[dict]:
-        return [e for e in entries(Path(arguments.data), manifest, split) if arguments.only in e["image"]]
+        found = [e for e in entries(Path(arguments.data), manifest, split) if arguments.only in e["image"]]
+        if not found:
+            raise UsageError(f"no images are left by --split {split} and --only {arguments.only!r}: say other ones")
+        return found
 
     tuned: dict[str, Any] = {}
     if arguments.tune:
@@ -99,7 +113,10 @@ def run(arguments: argparse.Namespace) -> None:
     survey = _survey(bench, listed(arguments.split), protocol, plan, arguments, out / "results.jsonl", "benchmark")
     slow = [m for m in methods if parse(m).slow]
     survey.measure([m for m in methods if m not in slow], [*slow, *(m for pair in pairs.values() for m in pair)], arguments.slices)
-    report(survey, methods, slow, pairs, renamed.get(reference, reference), tuned, arguments.split, out)
+    ran = {r["method"] for r in survey.records}
+    put = [m for m in methods if m in ran and (arguments.lesions_slow or m not in slow)]
+    disks = survey.lesions(put, arguments.slices, arguments.lesions, out / "lesions.jsonl") if arguments.lesions else []
+    report(survey, methods, slow, pairs, renamed.get(reference, reference), tuned, arguments.split, out, lesions.summary(disks))
 
 
 def tune(bench: Any, methods: list[str], listed: list[dict], protocol: Any, plan: Any, arguments: argparse.Namespace, out: Any) -> dict:
@@ -136,13 +153,13 @@ def _survey(bench: Any, listed: list[dict], protocol: Any, plan: Any, arguments:
 
 
 def report(survey: Any, methods: list[str], slow: list[str], pairs: dict[int, tuple[str, str]], reference: str | None, tuned: dict,
-           split: str, out: Any) -> None:
+           split: str, out: Any, disks: list[dict]) -> None:
     """Tables, their JSON and figures, from the records of a survey."""
     import json
 
     import torch
 
-    from deft_med import __version__, chart, scores
+    from deft_med import __version__, chart, lesions, scores
     from deft_med.errors import UsageError
 
     protocol = survey.protocol
@@ -169,6 +186,11 @@ def report(survey: Any, methods: list[str], slow: list[str], pairs: dict[int, tu
     if pairs:
         told["sweep"] = scores.sweep(few, pairs)
         text += [f"DEFT by steps, on {len(survey.few)} slices of {len(survey.few)} subjects:", "", scores.sweep_table(told["sweep"])]
+    if disks:
+        order = {m: k for k, m in enumerate(methods)}
+        disks = sorted(disks, key=lambda r: (order[r["method"]], r["contrast"]))
+        told["lesions"] = [{key: value if value == value else None for key, value in r.items()} for r in disks]  # NaN is no JSON
+        text += ["Lesions:", "", lesions.table(disks)]
     if tuned:
         edges = [f"{found['becomes']} ({', '.join(found['edge'])})" for found in tuned.values() if found["edge"]]
         text += [f"Tuned on {max(found['subjects'] for found in tuned.values())} other subjects, one sample, by mean PSNR, {len(tuned)} "

@@ -20,7 +20,8 @@ FAMILIES = {"without a network": ("#5b6875", "s"), "networks trained on pairs": 
             "guided prior, deepinv's code": ("#009e73", "v"), "DEFT": ("#0072b2", "o")}  # fmt: skip
 NAMES = {"fbp": "FBP", "tv": "TV", "zero-filled": "Zero-filled", "cg-sense": "CG-SENSE", "wavelet": "Wavelets",
          "interpolation": "Interpolation", "projections": "Projections", "supervised": "U-Net", "conditional": "Conditional",
-         "deft": "DEFT", "deft-dc": "DEFT without CG", "deft+dc": "DEFT + CG", "dps": "DPS", "pigdm": "ΠGDM", "dds": "DDS", "ddnm": "DDNM+",
+         "deft": "DEFT", "deft-dc": "DEFT without CG", "deft+dc": "DEFT + CG", "deft-online": "DEFT online", "dps": "DPS", "pigdm": "ΠGDM",
+         "dds": "DDS", "ddnm": "DDNM+",
          "diffpir": "DiffPIR", "red-diff": "RED-diff", "reconstruction": "Rec. guidance", "deepinv-dps": "DPS (deepinv)",
          "deepinv-diffpir": "DiffPIR (deepinv)"}  # fmt: skip
 _INK, _GREY, _GRID, _BLUE, _ORANGE = "#16202a", "#5b6875", "#e4e9ee", "#0072b2", "#d55e00"
@@ -29,7 +30,7 @@ _INK, _GREY, _GRID, _BLUE, _ORANGE = "#16202a", "#5b6875", "#e4e9ee", "#0072b2",
 def family(method: str) -> str:
     """To which of `FAMILIES` a method belongs."""
     name = parse(method).name
-    if name in CONSISTENCY:
+    if name in CONSISTENCY or name == "deft-online":
         return "DEFT"
     if name in GUIDED:
         return "guided prior, deepinv's code" if name.startswith("deepinv") else "guided prior"

@@ -95,6 +95,7 @@ def measured(results) -> list[dict]:
     import numpy as np
 
     records = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
+    records = [r for r in records if r["psnr"] is not None]  # of a run that gave no numbers
     found = []
     for protocol, method in sorted({(r["protocol"], r["method"]) for r in records}):
         rows = [r for r in records if (r["protocol"], r["method"]) == (protocol, method)]

@@ -230,6 +230,23 @@ def online(prior: Denoiser, h: HTransform | None, likelihood: Gaussian, *, itera
     tuned.to(likelihood.s_img)
     parts = zip((tuned.weight, tuned.network), rates, strict=True)
     groups = [{"params": list(part.requires_grad_(rate > 0).parameters()), "lr": rate} for part, rate in parts]
-    levels = sigmas(LEVELS, high=getattr(prior, "sigma_max", SIGMA_MAX))[:-1]
+    levels = _levels(prior)
     history = finetune(prior, tuned, likelihood, levels=levels, batch=2, iterations=iterations, groups=groups, seed=seed, progress=progress)
     return tuned.requires_grad_(False), history
+
+
+def sample_online(prior: Denoiser, likelihood: Gaussian, *, generator: Generator, iterations: int = 16, rate: float = 0.1,
+                  seed: int = 0) -> Tensor:
+    """One image (1, C, ny, nx) by the h that `online` makes of nothing but the measurement, on the levels that it was trained on."""
+    with torch.enable_grad():
+        h, _ = online(prior, None, likelihood, iterations=iterations, rates=(rate, 0.0), seed=seed)
+    return rollout(prior, h, likelihood, _levels(prior), batch=1, generator=generator).x0
+
+
+def online_evaluations(iterations: int) -> int:
+    """Of the prior, for one image of `sample_online`: pairs of paths out and back, and the image's own."""
+    return LEVELS * (4 * iterations + 1)
+
+
+def _levels(prior: Denoiser) -> Tensor:
+    return sigmas(LEVELS, high=getattr(prior, "sigma_max", SIGMA_MAX))[:-1]

@@ -138,8 +138,15 @@ def detectability(present: np.ndarray, absent: np.ndarray) -> float:
     return float(np.mean(present) - np.mean(absent)) / spread if spread > 0 else math.nan
 
 
+def check(protocol: object) -> Protocol:
+    """The protocol itself; UsageError for one that does not measure line integrals."""
+    if not isinstance(protocol, Protocol) or protocol.noise.counts:
+        raise UsageError("lesions are put into line integrals: choose a CT protocol such as ct_sparse60, one that keeps no counts")
+    return protocol
+
+
 def study(run: Run, sources: Iterable[Source], protocol: object, methods: Sequence[str], *, contrasts: Sequence[float] = CONTRASTS,
-          count: int = 5, seed: int = 0, have: Collection[tuple] = ()) -> Iterator[dict]:
+          count: int = 5, seed: int = 0, have: Collection[tuple] = (), device: str | torch.device = "cpu") -> Iterator[dict]:
     """Records of every method on every slice without disks (contrast 0) and with up to ``count`` of every contrast, as they are made.
 
     ``have`` holds (subject, slice, method, contrast) that need not be made again. A record has ``subject``, ``slice``, ``method``,
@@ -147,8 +154,7 @@ def study(run: Run, sources: Iterable[Source], protocol: object, methods: Sequen
     for. Noise and places come from ``seed``, subject and slice. All methods see one ``problem`` before the next one is posed. Raises
     UsageError for a protocol that does not measure line integrals.
     """
-    if not isinstance(protocol, Protocol) or protocol.noise.counts:
-        raise UsageError("lesions are put into line integrals: choose a CT protocol such as ct_sparse60, one that keeps no counts")
+    protocol = check(protocol)
     for subject, key, volume in sources:
         wanted = {c: missing for c in (0.0, *contrasts) if (missing := [m for m in methods if (subject, key, m, c) not in have])}
         own = digest(seed, subject, key)
@@ -159,7 +165,7 @@ def study(run: Run, sources: Iterable[Source], protocol: object, methods: Sequen
             continue
         absent = simulate(volume, protocol, seed=own)
         for contrast, missing in wanted.items():
-            problem = pose(measured_with(absent, volume, places, contrast) if contrast else absent)
+            problem = pose(measured_with(absent, volume, places, contrast) if contrast else absent, device=device)
             for method in missing:
                 with torch.no_grad():
                     error = problem.picture(run(method, problem))[0] - reference

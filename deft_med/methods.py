@@ -5,6 +5,7 @@ problem; networks trained on pairs supervised:DIR, conditional:DIR; samplers on 
 installed, `peers.PEERS`. Of samplers, conditional ones included, a WORD is a number of samples to average, "sample" for one or, where
 one evaluation at the highest noise level answers, "mean"; they know the setting steps. ``deft+dc`` takes four steps of data
 consistency, ``deft-dc`` none, deft what the card says or ``consistency``; eta, trust and mirrored replace the card's too.
+deft-online trains its own h on the measurement, in so many ``iterations`` at a ``rate``, and draws one sample.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 from deft_med import guidance, peers
 from deft_med.errors import UsageError
+from deft_med.finetune import online_evaluations
 from deft_med.pipeline import STEPS
 
 GUIDED = {**guidance.METHODS, **peers.PEERS}
@@ -20,6 +22,7 @@ TRAINED = ("supervised", "conditional")
 POSTERIOR = (*CONSISTENCY, "conditional")  # their samples start around a posterior mean that they share
 CLASSICAL = {"fbp": ("cutoff",), "tv": ("weight",), "zero-filled": (), "cg-sense": (), "wavelet": (), "interpolation": (),
              "projections": ()}  # fmt: skip
+ONLINE = {"iterations": 16.0, "rate": 0.1}  # of deft-online
 SLOW = 200  # evaluations of a sample
 
 
@@ -37,17 +40,24 @@ class Entry:
     @property
     def samples(self) -> bool:
         """Whether it is a sampler."""
-        return self.name in GUIDED or self.name in POSTERIOR
+        return self.name in GUIDED or self.name in POSTERIOR or self.name == "deft-online"
 
     @property
     def steps(self) -> int:
         """Evaluations of a sample; 0 where there is no sampling."""
+        if self.name == "deft-online":
+            return online_evaluations(int(self.settings.get("iterations", ONLINE["iterations"])))
         return int(self.settings.get("steps", GUIDED[self.name].steps if self.name in GUIDED else STEPS if self.samples else 0))
 
     @property
     def slow(self) -> bool:
         """More than 200 evaluations a sample, or backpropagation through the prior."""
-        return self.steps > SLOW or (self.name in GUIDED and GUIDED[self.name].through_prior)
+        return self.steps > SLOW or self.through_prior
+
+    @property
+    def through_prior(self) -> bool:
+        """Whether it goes back through the prior for a gradient."""
+        return self.name == "deft-online" or self.name in GUIDED and GUIDED[self.name].through_prior
 
     def like(self, count: int | None, settings: Mapping[str, float]) -> str:
         """The text of the same method with another count and further settings."""
@@ -59,7 +69,7 @@ class Entry:
 def parse(text: str) -> Entry:
     """What a method's text says. Raises UsageError for an unknown method, word or setting."""
     name, *parts = text.strip().split(":")
-    if name not in {*CLASSICAL, *TRAINED, *CONSISTENCY, *GUIDED}:
+    if name not in {*CLASSICAL, *TRAINED, *CONSISTENCY, *GUIDED, "deft-online"}:
         raise UsageError(f"unknown method {text!r}: python -m deft_med.benchmark --help lists them")
     folder = parts.pop(0) if name in TRAINED and parts else ""
     if name in TRAINED and not folder:
@@ -67,6 +77,8 @@ def parse(text: str) -> Entry:
     known = {"steps", "eta", "trust", "mirrored", "consistency"} if name in POSTERIOR else set(CLASSICAL.get(name, ()))
     if name in GUIDED:
         known = {"steps", *GUIDED[name].settings, *GUIDED[name].walk}
+    if name == "deft-online":
+        known = set(ONLINE)
     settings: dict[str, float] = {}
     words, count = [], None
     for part in filter(None, parts):
@@ -77,6 +89,10 @@ def parse(text: str) -> Entry:
             if key not in known or _number(value) is None:
                 raise UsageError(f"method {text}: no setting {part!r} (known are {', '.join(sorted(known)) or 'none'}, each a number)")
             settings[key] = float(value)
+        elif name == "deft-online":
+            if part not in ("sample", "1"):
+                raise UsageError(f"method {text}: deft-online trains for one sample, and has no mean in one evaluation: say deft-online")
+            count = 1
         elif name in GUIDED or name in POSTERIOR:
             if part == "mean" and name in POSTERIOR:
                 count = 0
@@ -88,6 +104,8 @@ def parse(text: str) -> Entry:
             words.append(part)
         else:
             raise UsageError(f"method {text}: {name} knows no {part!r}")
+    if settings.get("iterations", 1) < 1:
+        raise UsageError(f"method {text}: wants 1 iteration or more")
     if settings.get("steps", 2) < 2:
         raise UsageError(f"method {text}: wants 2 steps or more; deft:mean takes one")
     return Entry(text.strip(), name, folder, tuple(words), count, settings)

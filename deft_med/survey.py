@@ -1,17 +1,25 @@
 """A survey: methods on the slices of many subjects, record by record in a file that a later run goes on from."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from deft_med import lesions
 from deft_med.bench import Bench
 from deft_med.config import KSpaceProtocol, Protocol, SliceProtocol
+from deft_med.methods import parse
+from deft_med.problem import Problem
 from deft_med.simulate import reconstruction_grid, simulate
 from deft_med.study import chosen_places, digest
 from deft_med.volume import Volume
+
+DISKS = 5  # at most, in one slice
 
 
 class Survey:
@@ -38,10 +46,8 @@ class Survey:
     def measure(self, methods: Sequence[str], slow: Sequence[str], slices: int) -> None:
         """``methods`` on up to ``slices`` of every subject, ``slow`` ones on the middle one of those of a few subjects."""
         everything = list(dict.fromkeys([*methods, *slow]))
-        settings = {m: self.bench.settings(m) for m in everything}
-        run = {"protocol": self.protocol.name, "seed": self.seed, "device": self.bench.device.type}
-        lines = self.file.read_text("utf-8").splitlines() if self.file.exists() else []
-        self.records = [r for r in map(json.loads, lines) if r.items() >= run.items() and r["settings"] == settings.get(r["method"])]
+        settings, run = {m: self.bench.settings(m) for m in everything}, self._run
+        self.records = self._earlier(self.file, settings)
         have = {(r["subject"], r["slice"], r["method"]) for r in self.records}
         begun, made = time.monotonic(), 0.0
         for number, subject in enumerate(self.subjects):
@@ -60,8 +66,7 @@ class Survey:
                 for record in self.bench.measure(scan, missing, self._once, brightest=ranges.get(id(stack))):
                     record |= {"subject": subject, "slice": key, **run, "settings": settings[record["method"]]}
                     self.records.append(record)
-                    with self.file.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(record) + "\n")
+                    _add(self.file, record)
                 made += sum(map(self.bench.effort, missing))
             later = self.subjects[number + 1:]
             left = len(later) * slices * sum(map(self.bench.effort, methods))
@@ -69,10 +74,61 @@ class Survey:
             minutes = (time.monotonic() - begun) / made * left / 60 if made else 0.0
             self.tell(f"{number + 1}/{len(self.subjects)} subjects, about {minutes:.0f} min left")
 
+    def lesions(self, methods: Sequence[str], slices: int, count: int, file: Path) -> list[dict]:
+        """Records of `lesions.study` for ``methods``: ``count`` disks, shared alike among the subjects as far as they have room in
+        ``slices`` of each. Disks and noise are the same for all methods; ``file`` is gone on from."""
+        methods = sorted(methods, key=lambda m: -self.bench.count(parse(m)))  # averages share the samples of the largest
+        settings, run, of = {m: self.bench.settings(m) for m in methods}, self._run, _Runner(self.bench)
+        earlier, found, made = self._earlier(file, settings), [], 0
+        for number, subject in enumerate(self.subjects):
+            wanted = math.ceil((count - made) / (len(self.subjects) - number))
+            for key, stack, k in chosen_places([e for e in self.listed if e["subject"] == subject], slices, self.protocol.modality):
+                if wanted <= 0:
+                    break
+                put = min(DISKS, wanted)
+                own = [r for r in earlier if (r["subject"], r["slice"], r["asked"]) == (subject, key, put)]
+                have = {(subject, key, r["method"], r["contrast"]) for r in own}
+                for record in lesions.study(of, [(subject, key, _slice(stack, k))], self.protocol, methods, count=put, seed=self.seed,
+                                            have=have, device=self.bench.device):
+                    record |= {"asked": put, **run, "settings": settings[record["method"]]}
+                    own.append(record)
+                    _add(file, record)
+                found += own
+                placed = len(own[0]["amplitudes"]) if own else 0
+                wanted, made = wanted - placed, made + placed
+            self.tell(f"lesions: {made} of {count} disks, {number + 1}/{len(self.subjects)} subjects")
+        return found
+
+    @property
+    def _run(self) -> dict:
+        return {"protocol": self.protocol.name, "seed": self.seed, "device": self.bench.device.type}
+
+    def _earlier(self, file: Path, settings: dict[str, dict]) -> list[dict]:
+        lines = file.read_text("utf-8").splitlines() if file.exists() else []
+        return [r for r in map(json.loads, lines) if r.items() >= self._run.items() and r["settings"] == settings.get(r["method"])]
+
     def _once(self, line: str) -> None:
         if line not in self._told:
             self._told.add(line)
             self.tell(line)
+
+
+class _Runner:
+    """A bench's image of a problem by a method; samples of one problem are kept until the next one comes."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.kept = bench, dict[Any, Any]()
+        self.problem: Problem | None = None
+
+    def __call__(self, method: str, problem: Problem) -> Tensor:
+        if problem is not self.problem:
+            self.problem, self.kept = problem, {}
+        return self.bench.run(method, problem, self.kept)[0]
+
+
+def _add(file: Path, record: dict) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record) + "\n")
 
 
 def brightest(volume: Volume, size: int) -> float:

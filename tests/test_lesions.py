@@ -131,7 +131,7 @@ def run(method: str, problem: Problem) -> torch.Tensor:
 
 
 def test_a_linear_method_keeps_contrast_and_a_blurred_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lesions, "pose", lambda scan: replace_filter(lesions_pose(scan)))
+    monkeypatch.setattr(lesions, "pose", lambda scan, device: replace_filter(lesions_pose(scan)))
     records = list(study(run, sources(3), MANY, ["fbp", "blurred"], contrasts=(20.0, 200.0), count=3))
     assert json.loads(json.dumps(records)) == records
     assert [(r["method"], r["contrast"]) for r in records[:6]] == [(m, c) for c in (0.0, 20.0, 200.0) for m in ("fbp", "blurred")]

@@ -71,10 +71,10 @@ ALLOWED: dict[str, set[str]] = {
     # the benchmark: names, runs, statistics, pictures
     "meter": set(),
     "peers": INFERENCE,
-    "methods": {"guidance", "peers", "pipeline", "errors"},
+    "methods": {"guidance", "finetune", "peers", "pipeline", "errors"},
     "bench": EDGES | {"methods", "meter", "peers", "kinds", "pipeline", "problem", "nonlinear"},
     "tuning": {"methods", "errors"},
-    "survey": EDGES | {"bench", "study"},
+    "survey": EDGES | {"bench", "methods", "problem", "lesions", "study"},
     "scores": {"methods"},
     "chart": {"methods"},
     "testing": INFERENCE | {"metrics"},
