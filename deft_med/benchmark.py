@@ -7,8 +7,8 @@ reconstruction and, with the extra peers, deepinv-dps, deepinv-diffpir, each wit
 measurement, for one sample. All of them take settings, :NAME=VALUE: steps, and those of deft_med/guidance.py and deft_med/methods.py.
 
 --tune chooses the settings that a method's text leaves open on the tune subjects, by the grid of configs/benchmark.yaml, the same
-number for each. Slow methods (over 200 evaluations a sample, or backpropagation through the prior) run on one slice of six subjects
-with one sample; a second table shows all methods on those.
+number for each. Slow methods (over 200 evaluations a sample, or backpropagation through the prior) run on six slices, of six subjects
+where there are as many, with one sample; a second table shows all methods on those.
 """
 
 import argparse
@@ -30,6 +30,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--slices", type=int, default=3, help="at most this many slices of a subject, evenly spaced (default: %(default)s)")
     p.add_argument("--subjects", type=int, help="at most this many subjects")
     p.add_argument("--tune", action="store_true", help="choose settings on the manifest's tune subjects first")
+    p.add_argument("--tune-on", default="tune", metavar="SPLIT[:TEXT]",
+                   help="the split of the tune subjects, and in the place of --only a TEXT for their paths (default: %(default)s)")
     p.add_argument("--plan", default="benchmark", metavar="NAME|FILE", help="what --tune tries, and what slow methods run on")
     p.add_argument("--reference", metavar="METHOD", help="what the others are compared with (default: DEFT's default)")
     p.add_argument("--sweep", metavar="N,N,...", help="deft with these numbers of steps, on the slices of the slow methods")
@@ -95,22 +97,26 @@ def run(arguments: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     manifest = Path(arguments.manifest) if arguments.manifest else None
 
-    def listed(split: str) -> list[dict]:
-        found = [e for e in entries(Path(arguments.data), manifest, split) if arguments.only in e["image"]]
+    def listed(split: str, only: str) -> list[dict]:
+        found = [e for e in entries(Path(arguments.data), manifest, split) if only in e["image"]]
         if not found:
-            raise UsageError(f"no images are left by --split {split} and --only {arguments.only!r}: say other ones")
+            raise UsageError(f"no images of the split {split} have {only!r} in their path: say another split or --only")
         return found
+
+    reported = listed(arguments.split, arguments.only)
 
     tuned: dict[str, Any] = {}
     if arguments.tune:
-        if manifest is None or arguments.split == "tune":
-            raise UsageError("--tune wants a manifest with a tune split, and another split to report on")
-        tuned = tune(bench, methods, listed("tune"), protocol, plan, arguments, out)
+        split, _, only = arguments.tune_on.partition(":")
+        others = listed(split, only or arguments.only) if manifest else reported
+        if {e["subject"] for e in others} & {e["subject"] for e in reported}:
+            raise UsageError("--tune wants a manifest with subjects to tune on, and other ones to report on: see --tune-on")
+        tuned = tune(bench, methods, others, protocol, plan, arguments, out)
     renamed = {m: tuned.get(m, {}).get("becomes", m) for m in methods}
     methods = list(dict.fromkeys(renamed.values()))
     count = arguments.samples or 8
     pairs = {n: (f"deft:sample:steps={n}", f"deft:{count}:steps={n}") for n in steps}
-    survey = _survey(bench, listed(arguments.split), protocol, plan, arguments, out / "results.jsonl", "benchmark")
+    survey = _survey(bench, reported, protocol, plan, arguments, out / "results.jsonl", "benchmark")
     slow = [m for m in methods if parse(m).slow]
     survey.measure([m for m in methods if m not in slow], [*slow, *(m for pair in pairs.values() for m in pair)], arguments.slices)
     ran = {r["method"] for r in survey.records}
@@ -130,7 +136,8 @@ def tune(bench: Any, methods: list[str], listed: list[dict], protocol: Any, plan
     texts = list(dict.fromkeys(text for found in tried.values() for text in found))
     slow = [text for m, found in tried.items() if parse(m).slow for text in found]
     survey = _survey(bench, listed, protocol, plan, arguments, out / "tuning.jsonl", "tuning")
-    survey.measure([text for text in texts if text not in slow], slow, plan.slices)
+    slices = max(plan.slices, -(-plan.slow_subjects // len(survey.subjects)))  # as many of few subjects as of many
+    survey.measure([text for text in texts if text not in slow], slow, slices)
     results = {}
     for method, found in tried.items():
         asked = survey.few if parse(method).slow else survey.asked
@@ -140,7 +147,7 @@ def tune(bench: Any, methods: list[str], listed: list[dict], protocol: Any, plan
             continue
         psnr = {text: subject_mean(rows, subjects) for text, rows in of.items()}
         results[method] = chosen(method, found, psnr, plan) | {"subjects": len(subjects), "slices": len(asked)}
-    told = {"protocol": protocol.name, "split": "tune", "seed": arguments.seed, "budget": plan.budget, "methods": results}
+    told = {"protocol": protocol.name, "split": arguments.tune_on, "seed": arguments.seed, "budget": plan.budget, "methods": results}
     (out / "tuned.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
     return results
 
@@ -176,16 +183,17 @@ def report(survey: Any, methods: list[str], slow: list[str], pairs: dict[int, tu
     text = [f"{protocol.name}, split {split}: {len(survey.subjects)} subjects, {len(survey.asked)} slices, seed {survey.seed}.",
             f"{scores.WORDS[protocol.modality]}. {scores.NOTES.format(region=region)}",
             f"Times: {told['device']}, threads: {told['threads']}, torch {torch.__version__}.", ""]
+    few_words = f"{len(survey.few)} slices of {len({subject for subject, _ in survey.few})} subjects"
     if fast:
         told["rows"] = scores.summary(records, fast, reference)
         text += [scores.table(told["rows"], protocol.modality, reference)]
     if any(r["method"] in slow for r in records):
         told["few"] = scores.summary(few, methods, reference)
         text += [f"Slow methods (over 200 evaluations a sample, or backpropagation through the prior), and the others on the same "
-                 f"{len(survey.few)} slices of {len(survey.few)} subjects:", "", scores.table(told["few"], protocol.modality, reference)]
+                 f"{few_words}:", "", scores.table(told["few"], protocol.modality, reference)]
     if pairs:
         told["sweep"] = scores.sweep(few, pairs)
-        text += [f"DEFT by steps, on {len(survey.few)} slices of {len(survey.few)} subjects:", "", scores.sweep_table(told["sweep"])]
+        text += [f"DEFT by steps, on {few_words}:", "", scores.sweep_table(told["sweep"])]
     if disks:
         order = {m: k for k, m in enumerate(methods)}
         disks = sorted(disks, key=lambda r: (order[r["method"]], r["contrast"]))

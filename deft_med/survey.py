@@ -28,7 +28,8 @@ class Survey:
     Args:
         listed: images with their subjects (`subjects.entries`), of which the first ``subjects`` take part.
         file: JSON lines. Records of other protocols, seeds, devices and settings stay in it and are not used.
-        few: slow methods run on the middle slice of so many evenly spaced subjects.
+        few: slow methods run on so many slices: the middle ones of as many evenly spaced subjects, or several of each where there are
+            fewer subjects.
         tell: takes a line on how far the survey is, and one for every method that a problem does not suit.
     """
 
@@ -36,15 +37,16 @@ class Survey:
                  subjects: int | None = None, few: int = 6, seed: int = 0, tell: Callable[[str], None] = lambda _: None) -> None:
         self.bench, self.listed, self.protocol, self.file, self.seed, self.tell = bench, listed, protocol, file, seed, tell
         self.subjects = sorted({e["subject"] for e in listed})[:subjects]
-        places = np.linspace(0, len(self.subjects) - 1, min(few, len(self.subjects))).round().astype(int)
-        self.chosen = {self.subjects[k] for k in places}
+        part = min(few, len(self.subjects))
+        places = np.linspace(0, len(self.subjects) - 1, part).round().astype(int)
+        self.chosen = {self.subjects[k]: few // part + (n < few % part) for n, k in enumerate(places)}  # subject -> slices
         self.records: list[dict] = []
         self.asked: set[tuple[str, int]] = set()
         self.few: set[tuple[str, int]] = set()
         self._told: set[str] = set()
 
     def measure(self, methods: Sequence[str], slow: Sequence[str], slices: int) -> None:
-        """``methods`` on up to ``slices`` of every subject, ``slow`` ones on the middle one of those of a few subjects."""
+        """``methods`` on up to ``slices`` of every subject, ``slow`` ones on a few of those."""
         everything = list(dict.fromkeys([*methods, *slow]))
         settings, run = {m: self.bench.settings(m) for m in everything}, self._run
         self.records = self._earlier(self.file, settings)
@@ -54,7 +56,7 @@ class Survey:
             own = list(chosen_places([e for e in self.listed if e["subject"] == subject], slices, self.protocol.modality))
             ranges: dict[int, float] = {}
             for key, stack, k in own:
-                middle = subject in self.chosen and key == own[len(own) // 2][0]
+                middle = key in {own[place][0] for place in _spread(len(own), self.chosen.get(subject, 0))}
                 self.asked.add((subject, key))
                 self.few |= {(subject, key)} if middle else set()
                 missing = [m for m in (everything if middle else methods) if (subject, key, m) not in have]
@@ -70,7 +72,7 @@ class Survey:
                 made += sum(map(self.bench.effort, missing))
             later = self.subjects[number + 1:]
             left = len(later) * slices * sum(map(self.bench.effort, methods))
-            left += len(self.chosen.intersection(later)) * sum(map(self.bench.effort, slow))
+            left += sum(self.chosen.get(subject, 0) for subject in later) * sum(map(self.bench.effort, slow))
             minutes = (time.monotonic() - begun) / made * left / 60 if made else 0.0
             self.tell(f"{number + 1}/{len(self.subjects)} subjects, about {minutes:.0f} min left")
 
@@ -134,6 +136,11 @@ def _add(file: Path, record: dict) -> None:
 def brightest(volume: Volume, size: int) -> float:
     """The maximum of an MR study's reference volume: of the area means of its slices on the reconstruction grid."""
     return float(volume.resample_to(reconstruction_grid(volume, size)).data.max())
+
+
+def _spread(length: int, count: int) -> set[int]:
+    """Up to ``count`` evenly spaced places of a list; one is its middle."""
+    return {length // 2} if count == 1 and length else set(np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist())
 
 
 def _slice(volume: Volume, k: int) -> Volume:

@@ -220,6 +220,18 @@ def test_a_run_goes_on_per_method_and_slice(scans: Path, capsys: pytest.CaptureF
     assert benchmark.main([*command, "--methods", "fbp:hann"]) == 0 and len(asked) == 7
 
 
+def test_few_subjects_give_several_slices_each(scans: Path, capsys: pytest.CaptureFixture) -> None:
+    plan = scans.parent / "plan.yaml"
+    plan.write_text("slow_subjects: 3\nslow_steps: 2\ngrids:\n  dps: [{zeta: 1.0}, {zeta: 2.0}]\n")
+    command = call(scans, "--plan", str(plan), "--methods", "fbp,dps:steps=2", "--slices", "2", "--subjects", "2", "--tune",
+                   "--tune-on", "tune:s7/")
+    assert benchmark.main(command) == 0
+    assert {r["subject"] for r in records_of(scans, "tuning.jsonl")} == {"s7"} and len(records_of(scans, "tuning.jsonl")) == 2 * 2
+    slow = [(r["subject"], r["slice"]) for r in records_of(scans) if r["method"].startswith("dps")]
+    assert sorted(slow) == [("s0", 0), ("s0", 1), ("s1", 1)]
+    assert "on the same 3 slices of 2 subjects" in capsys.readouterr().out
+
+
 def test_a_sweep_over_steps(scans: Path, capsys: pytest.CaptureFixture) -> None:
     assert benchmark.main(call(scans, "--methods", "deft:mean", "--slices", "1", "--samples", "2", "--sweep", "3,5,9")) == 0
     rows = json.loads((scans.parent / "out" / "table.json").read_text())["sweep"]
@@ -253,6 +265,7 @@ def test_lesions_are_put_in_for_all_methods_alike(scans: Path, capsys: pytest.Ca
     (["--samples", "0"], "samples and slices are at least 1"), (["--slices", "0"], "samples and slices are at least 1"),
     (["--sweep", "1,5"], "--sweep wants numbers of steps"), (["--sweep", "a"], "--sweep wants numbers of steps"),
     (["--reference", "tv"], "--reference is one of --methods"), (["--tune", "--split", "tune"], "--tune wants a manifest"),
+    (["--tune", "--tune-on", "val"], "--tune wants a manifest"), (["--tune", "--tune-on", "tune:nothing"], "no images of the split tune"),
     (["--methods", "zero-filled"], "none of the methods runs on this protocol"), (["--methods", ","], "--methods names none"),
     (["--split", "test"], "no image"), (["--only", "nothing"], "no image"), (["--lesions", "-1"], "--lesions wants a number of disks")])
 def test_what_the_command_refuses(scans: Path, more: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
