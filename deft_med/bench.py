@@ -121,8 +121,8 @@ class Bench:
                     found = measures(problem.picture(image), truth)
                     record |= {key.replace("_head", "_body"): of[0] for key, of in found.items() if isinstance(of, list)}
                     record["chi2"] = float(problem.likelihood.chi2(image)[0])
-                    if samples := kept.get(_key(parse(method))):
-                        record |= _calibration(problem, samples.samples[:extra["samples"]], truth[0], region)
+                    if "samples" in extra:
+                        record |= _calibration(problem, kept[_key(parse(method))].samples[:extra["samples"]], truth[0], region)
                 else:
                     record |= {"psnr": None, "converged": False}
                 yield record

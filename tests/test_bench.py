@@ -83,7 +83,8 @@ def test_evaluations_are_counted(method: str, nfe: int) -> None:
 
 def test_averages_share_samples_and_are_what_the_pipeline_draws() -> None:
     scan = simulate(head(1), SMALL)
-    found = {r["method"]: r for r in Bench().measure(scan, ["deft:sample:steps=4", "deft:4:steps=4", "deft:2:steps=4"])}
+    found = {r["method"]: r for r in Bench().measure(scan, [f"deft:{m}:steps=4" for m in ("mean", "sample", "4", "2")])}
+    assert found["deft:mean:steps=4"]["nfe"] == 1 and "samples" not in found["deft:mean:steps=4"]
     assert [found[m]["nfe"] for m in ("deft:sample:steps=4", "deft:2:steps=4", "deft:4:steps=4")] == [4, 7, 13]
     alone = next(iter(Bench().measure(scan, ["deft:2:steps=4"])))
     assert alone["psnr"] == pytest.approx(found["deft:2:steps=4"]["psnr"], abs=1e-4)
