@@ -212,7 +212,7 @@ def report(survey: Any, methods: list[str], slow: list[str], pairs: dict[int, tu
     if any(r.get("ranks") for r in shown):
         chart.ranks(out / "ranks.png", shown)
     if told.get("sweep"):
-        chart.sweep(out / "sweep.png", told["sweep"], f"DEFT by steps, {protocol.name}, {len(survey.few)} slices")
+        chart.sweep(out / "sweep.png", told["sweep"], f"DEFT by steps, {protocol.name}, {few_words}; shaded: ±0.1, and 85 to 95 %")
     print("\n".join(text))
 
 

@@ -81,6 +81,7 @@ def quality(path: str | Path, rows: Sequence[Mapping], reference: str, title: st
     fig.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="outside lower center", ncols=len(used) + 1)
     if title:
         fig.suptitle(title, size=10, color=_INK)
+    fig.get_layout_engine().set(rect=(0, 0, 0.99, 1))  # type: ignore[union-attr, call-arg]
     _forest(right, shown, names, reference)
     for ax in (left, right):
         _clean(ax)
@@ -147,12 +148,15 @@ def sweep(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str = "") 
     axes[0].plot(nfe, [r["one"] for r in rows], marker="^", color=_ORANGE, linewidth=1.6, label="one sample")
     axes[0].legend(frameon=False, fontsize=8.5)
     axes[0].set(ylabel="PSNR (dB)", xlabel="evaluations for the image")
-    panels = (("std_ratio", "std of samples / std with most steps", 1.0), ("chi2", "chi² of the samples", 1.0),
-              ("coverage", "share of pixels in the 90 % interval", 0.9))  # fmt: skip
-    for ax, (key, words, ideal) in zip(axes[1:], panels, strict=True):
+    panels = (("std_ratio", "std of samples / std with most steps", 1.0, 0.1), ("chi2", "chi² of the samples", 1.0, 0.1),
+              ("coverage", "share of pixels in the 90 % interval", 0.9, 0.05))  # fmt: skip
+    for ax, (key, words, ideal, near) in zip(axes[1:], panels, strict=True):
+        values = [math.nan if r[key] is None else r[key] for r in rows]
+        ax.axhspan(ideal - near, ideal + near, color=_GRID, alpha=0.7, zorder=0)
         ax.axhline(ideal, color=_GREY, linewidth=1, linestyle="--")
-        ax.plot(nfe, [math.nan if r[key] is None else r[key] for r in rows], marker="o", color=_BLUE, linewidth=1.6)
-        ax.set(ylabel=words, xlabel="evaluations of a sample")
+        ax.plot(nfe, values, marker="o", color=_BLUE, linewidth=1.6)
+        far = 1.1 * max([1.6 * near, *(abs(value - ideal) for value in values if math.isfinite(value))])  # no drama about a per cent
+        ax.set(ylabel=words, xlabel="evaluations of a sample", ylim=(ideal - far, min(ideal + far, 1.0 if key == "coverage" else math.inf)))
     for ax in axes:
         ax.set_xscale("log")
         if ax is axes[0]:

@@ -20,7 +20,8 @@ NUMBERS = {  # a record's key: its column and its decimals
     "chi2_samples": ("chi2 samples", 3), "coverage": ("in 90 %", 3), "nfe": ("NFE", 0), "seconds": ("s / slice", 2),
     "cpu_seconds": ("CPU-s / slice", 2), "peak_mb": ("peak MB", 0), "rise_mb": ("rise MB", 0)}  # fmt: skip
 PAIRED = ("psnr", "psnr_body", "ssim", "ssim_body")  # also those that are shown with their spread
-NOTES = """± is the standard deviation between subjects. chi2: of the image shown, and of the samples that it averages (1 is expected of a
+NOTES = """± is the standard deviation between subjects. Averages and the sample of one method share their samples; what each cost is
+its share of the largest. chi2: of the image shown, and of the samples that it averages (1 is expected of a
 sample, less of a mean). In 90 %: pixels of the {region} whose reference lies in mean ± t sqrt(1 + 1/K) std of K samples. NFE: evaluations
 of the prior, or of a method's own network, for one image. Peak: resident size of the whole process while the method ran, rise: what the
 method added to it (on CUDA: what torch had allocated)."""
