@@ -416,15 +416,17 @@ def coil_images(slices: int = 2, coils: int = 3, height: int = 48, width: int = 
 
 
 def mr_header(
-    height: int = 48, width: int = 20, centre: int | None = None, last: int | None = None, pixel: float = 1.5, **words: str
-) -> str:
-    """An ISMRMRD header as the standard writes it: readout twice as long as the picture, square pixels."""
+    height: int = 48, width: int = 20, centre: int | None = None, last: int | None = None, pixel: float = 1.5,
+    picture: tuple[int, int] | None = None, **words: str,
+) -> str:  # fmt: skip
+    """An ISMRMRD header as the standard writes it: readout twice as long as the picture (or another one), square pixels."""
+    rows, columns = picture or (height // 2, width - 4)
     limits = "" if centre is None else (
         f"<encodingLimits><kspace_encoding_step_1><minimum>0</minimum><maximum>{last}</maximum><center>{centre}</center>"
         "</kspace_encoding_step_1></encodingLimits>")  # fmt: skip
     space = lambda x, y: (f"<matrixSize><x>{x}</x><y>{y}</y><z>1</z></matrixSize>"
                           f"<fieldOfView_mm><x>{x * pixel}</x><y>{y * pixel}</y><z>5</z></fieldOfView_mm>")  # fmt: skip
-    encoding = (f"<encoding><encodedSpace>{space(height, width)}</encodedSpace><reconSpace>{space(height // 2, width - 4)}</reconSpace>"
+    encoding = (f"<encoding><encodedSpace>{space(height, width)}</encodedSpace><reconSpace>{space(rows, columns)}</reconSpace>"
                 f"{limits}<trajectory>{words.get('trajectory', 'cartesian')}</trajectory></encoding>")  # fmt: skip
     return (f'<?xml version="1.0" encoding="utf-8"?>{words.get("doctype", "")}<ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD">'
             f"<subjectInformation><patientName>{CANARY}</patientName></subjectInformation>"
@@ -446,17 +448,21 @@ def fastmri(folder: Path, **members: Any) -> Path:
 
 
 def mrd(folder: Path, readouts: list[tuple[np.ndarray, dict[str, Any]]], header: str, group: str = "dataset") -> Path:
-    """An MRD file by the public ismrmrd package: readouts as (samples (coil, sample), header fields with the counters as idx_...)."""
+    """An MRD file by the public ismrmrd package: readouts as (samples (coil, sample), fields of the head with the counters as idx_...,
+    and traj (sample, dimension))."""
     import ismrmrd
 
     path = folder / "file.mrd"
     data = ismrmrd.Dataset(str(path), group, create_if_needed=True)
     data.write_xml_header(header.encode())
     for samples, fields in readouts:
-        made = ismrmrd.Acquisition.from_array(np.ascontiguousarray(samples, np.complex64))
+        points = np.asarray(fields.get("traj", np.zeros((samples.shape[1], 0))), np.float32)
+        made = ismrmrd.Acquisition.from_array(np.ascontiguousarray(samples, np.complex64), points)
         made.center_sample = samples.shape[1] // 2
         for name, value in fields.items():
-            if name == "flags":
+            if name == "traj":
+                continue
+            elif name == "flags":
                 for flag in value:
                     made.setFlag(flag)
             elif name.startswith("idx_"):
@@ -478,6 +484,45 @@ def mrd_readouts(kspace: np.ndarray, columns: Any = None, **fields: Any) -> list
     wanted = range(kspace.shape[3]) if columns is None else columns
     return [(kspace[k, :, :, p], {"idx_kspace_encode_step_1": p, "idx_slice": k, "position": (10.0, 20.0, -5.0 * k), **PLACE, **fields})
             for k in range(len(kspace)) for p in wanted]  # fmt: skip
+
+
+def radial_readouts(spokes: int = 5, **fields: Any) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """Spokes of 24 samples through a k-space of ones, two slices, in cycles per field of view (24 pixels)."""
+    made = []
+    for k in range(2):
+        for spoke in range(spokes):
+            angle = np.pi * (spoke + 0.25) / spokes
+            points = np.outer(np.arange(24) - 12.0, (np.cos(angle), np.sin(angle)))
+            made.append((np.ones((3, 24)), {"idx_kspace_encode_step_1": spoke, "idx_slice": k, "position": (10.0, 20.0, -5.0 * k),
+                                            "traj": points, **PLACE, **fields}))  # fmt: skip
+    return made
+
+
+RADIAL = mr_header(48, 48, picture=(24, 24), trajectory="radial")
+
+
+def _radial(change: Callable[[np.ndarray], np.ndarray] = lambda traj: traj, only: slice = slice(None), header: str = RADIAL,
+            **fields: Any) -> Callable[[Path], Path]:  # fmt: skip
+    """Spokes of which ``only`` these have other points."""
+    def make(folder: Path) -> Path:
+        readouts = radial_readouts(**fields)
+        for _, head in readouts[only]:
+            head["traj"] = change(head["traj"])
+        return mrd(folder, readouts, header)
+
+    return make
+
+
+def mrd_path_short(folder: Path) -> Path:
+    """One readout has fewer points than its header says."""
+    import h5py
+
+    path = _radial()(folder)
+    with h5py.File(path, "a") as file:
+        row = file["dataset/data"][3]
+        row["traj"] = row["traj"][:-2]
+        file["dataset/data"][3] = row
+    return path
 
 
 def _fastmri(**members: Any) -> Callable[[Path], Path]:
@@ -844,6 +889,16 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], Path], int]] = {
     "MRD malformed XML": (_mrd(header="<ismrmrdHeader>"), 4),
     "MRD entity bomb": (_mrd(header=mr_header(doctype=BOMB)), 3),
     "MRD spiral": (_mrd(header=mr_header(trajectory="spiral")), 3),
+    "MRD echo-planar": (_mrd(header=mr_header(trajectory="epi")), 3),
+    "MRD radial in 3D": (_radial(lambda traj: np.insert(traj, 2, 1, axis=1)), 3),
+    "MRD radial in 1D": (_radial(lambda traj: traj[:, :1]), 3),
+    "MRD radial in another unit": (_radial(lambda traj: 7 * traj), 3),
+    "MRD radial that reaches half way": (_radial(lambda traj: traj / 2), 3),
+    "MRD radial NaN": (_radial(lambda traj: traj * np.nan, slice(7, 8)), 3),
+    "MRD radial of two trajectories": (_radial(lambda traj: 0.9 * traj, slice(7, 8)), 3),
+    "MRD radial all discarded": (_radial(discard_pre=20, discard_post=30), 3),
+    "MRD radial of coarse pixels": (_radial(header=RADIAL.replace("<x>72.0</x>", "<x>36.0</x>")), 3),
+    "MRD radial with short points": (mrd_path_short, 4),
     "MRD two encodings": (_mrd(header=mr_header(times="2")), 3),
     "MRD two encoding spaces": (_mrd(encoding_space_ref=1), 3),
     "MRD of numbers": (mrd_of_numbers, 3),
