@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
         tuned = tune(bench, methods, others, protocol, plan, arguments, out)
     renamed = {m: tuned.get(m, {}).get("becomes", m) for m in methods}
     methods = list(dict.fromkeys(renamed.values()))
-    count = arguments.samples or 8
+    count = arguments.samples if (arguments.samples or 1) > 1 else 8  # a spread wants two
     pairs = {n: (f"deft:sample:steps={n}", f"deft:{count}:steps={n}") for n in steps}
     survey = _survey(bench, reported, protocol, plan, arguments, out / "results.jsonl", "benchmark")
     slow = [m for m in methods if parse(m).slow]
