@@ -8,16 +8,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_bundle import CARD
 from test_pipeline import head
 
-from deft_med import bench, benchmark, scores, tuning
+from deft_med import bench, benchmark, chart, scores, tuning
 from deft_med.bench import Bench
 from deft_med.bundle import Model, networks
 from deft_med.card import parse as card_of
-from deft_med.config import KSpaceProtocol, Noise, Protocol
+from deft_med.config import KSpaceProtocol, Noise, Protocol, load
 from deft_med.errors import UsageError
 from deft_med.htransform import Deft
+from deft_med.kinds import Training, bare
 from deft_med.methods import CLASSICAL, GUIDED, parse
 from deft_med.pipeline import METHODS
 from deft_med.problem import pose
@@ -92,6 +94,20 @@ def test_averages_share_samples_and_are_what_the_pipeline_draws() -> None:
     assert "coverage" not in found["deft:sample:steps=4"]
 
 
+def test_networks_trained_on_pairs_stand_beside_the_prior(tmp_path: Path) -> None:
+    """One network answers once; a conditional one samples as DEFT does, and its own evaluations are counted."""
+    for kind in ("supervised", "conditional"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.yaml").write_text(f"kind: {kind}\nfilter: hann\nnetwork: {{widths: [8, 8], dim: 16}}\n"
+                                                     "recipe: {stages: [{steps: 1, size: 64, batch: 1}]}\n")
+        save_file(bare(load(tmp_path / kind / "config.yaml", Training)).state_dict(), tmp_path / kind / "best.safetensors")
+    names = {f"supervised:{tmp_path}/supervised": 1, f"conditional:{tmp_path}/conditional:mean": 1,
+             f"conditional:{tmp_path}/conditional:2:steps=3": 5}
+    found = {r["method"]: r for r in Bench().measure(simulate(head(1), SMALL), names)}
+    assert {m: r["nfe"] for m, r in found.items()} == names and all(r["psnr"] > 0 for r in found.values())
+    assert chart.labels([{"method": m, "samples": 2} for m in names])[f"supervised:{tmp_path}/supervised"] == "U-Net"
+
+
 def test_mr_methods_run_and_take_the_range_of_the_volume() -> None:
     bright = Volume(np.clip(head(1, 32).data + 1024, 0, None), np.diag([4.0, 4.0, 5.0, 1.0]), "a.u.")
     scan, names = simulate(bright, MRI), ["zero-filled", "deft:mean", "deft:2:steps=3", "dds:steps=2", "deft-online:iterations=1"]
@@ -133,8 +149,6 @@ def test_slow_methods_are_those_of_many_evaluations_or_of_a_gradient_through_the
 
 # ------------------------------------------------------------------------------------------------------------ tuning
 def test_the_budget_is_the_same_for_all() -> None:
-    from deft_med.config import load
-
     plan = load("benchmark", Plan)
     assert plan.budget == 8 and all(len(grid) == 8 for grid in plan.grids.values()) and set(plan.grids) <= {*CLASSICAL, *GUIDED}
     for name, grid in plan.grids.items():
