@@ -28,6 +28,7 @@ from deft_med.volume import Scan
 from operators.geometry import Grid, Trajectory
 
 FILLED = (0.6, 1.05)  # of the way to the edge of k-space that a trajectory's outermost points may lie, along either axis
+WHOLE = 0.95  # of the way, along both axes, at which one of several units is believed
 ROUNDING = 1e-6  # of a point on the edge
 
 
@@ -128,7 +129,7 @@ def _collect(readouts: Readouts, order: NDArray[Any]) -> tuple[NDArray[np.comple
 def _per_cycle(path: NDArray[np.float32], grid: Grid, readouts: Readouts) -> NDArray[np.float64]:
     """What one cycle per pixel is in the unit of a path (sample, 2), along each axis; the unit goes to the notes.
 
-    UnsupportedError where the path fills k-space in no unit, or in more than one.
+    Of several units that fit, the only one in which the path fills k-space whole. UnsupportedError where none fits, or more than one.
     """
     encoded = readouts.header.encoded
     lengths = np.array(encoded.matrix[:2] if encoded.fov is None else encoded.fov[:2]) / grid.spacing
@@ -142,6 +143,8 @@ def _per_cycle(path: NDArray[np.float32], grid: Grid, readouts: Readouts) -> NDA
             units[name] = one
     reach = np.abs(path).max(0).astype(np.float64)
     fits = [name for name, one in units.items() if all(FILLED[0] < r <= FILLED[1] for r in 2 * reach / one)]
+    whole = [name for name in fits if (2 * reach / units[name]).min() >= WHOLE]
+    fits = whole if len(whole) == 1 else fits
     if len(fits) != 1:
         edges = ", ".join(f"{' and '.join(dict.fromkeys(f'{n:.3g}' for n in one / 2))} ({name})" for name, one in units.items())
         verdict = f"could be {' or '.join(fits)}" if fits else "is none that is known"
