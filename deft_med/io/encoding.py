@@ -95,14 +95,16 @@ def parse(xml: bytes | str) -> Header:
     if len(words) > LONGEST_XML:
         raise UnsupportedError(f"the header XML is longer than {LONGEST_XML // 2**20} MiB; an ISMRMRD header has some kilobytes")
     if "<!DOCTYPE" in words.upper() or "<!ENTITY" in words.upper():
-        raise UnsupportedError("the header XML declares a DOCTYPE or entities, which are never expanded; expected a plain ISMRMRD header")
+        raise UnsupportedError("the header XML declares a DOCTYPE or entities, which are never expanded; expected "
+                               "a plain ISMRMRD header: take the declaration out")  # fmt: skip
     try:
         root = ElementTree.fromstring(words)
     except (ElementTree.ParseError, ValueError, RecursionError):
         raise CorruptError("the header XML is damaged: it is not well-formed; write the file again") from None
     encodings = _children(root, "encoding")
     if _name(root) != "ismrmrdHeader" or not encodings:
-        raise UnsupportedError("the header XML holds no encoding; expected an ismrmrdHeader with encodedSpace and reconSpace")
+        raise UnsupportedError("the header XML holds no encoding; expected an ismrmrdHeader with encodedSpace and reconSpace: "
+                               "convert the raw data again")  # fmt: skip
     if len(encodings) > 1:
         raise UnsupportedError(f"the header XML lists {len(encodings)} encodings; one is supported: split the file, one encoding each")
     encoding = encodings[0]
@@ -269,7 +271,8 @@ def _space(encoding: ElementTree.Element, name: str) -> Space:
     space = _child(encoding, name)
     sizes = [_number(_child(space, "matrixSize"), axis) for axis in "xyz"]
     if any(n is None or n != int(n) or not 1 <= n <= BIGGEST_SIDE for n in sizes[:2]):
-        raise UnsupportedError(f"the header XML gives no usable matrix size in {name}; expected whole numbers from 1 to {BIGGEST_SIDE}")
+        raise UnsupportedError(f"the header XML gives no usable matrix size in {name}; expected whole numbers from 1 to "
+                               f"{BIGGEST_SIDE}: correct the header")  # fmt: skip
     lengths = [_number(_child(space, "fieldOfView_mm"), axis) for axis in "xyz"]
     known = all(v is not None and 0 < v < 1e5 for v in lengths[:2])
     depth = lengths[2] if lengths[2] is not None and lengths[2] > 0 else 0.0

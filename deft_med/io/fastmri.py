@@ -33,7 +33,8 @@ def read(file: h5py.File, *, digest: str, max_bytes: int) -> Source:
     """
     raw = hdf5.dataset(file, "kspace", 2 * max_bytes)  # the oversampling goes slice by slice
     if raw.dtype.kind != "c":
-        raise UnsupportedError(f"kspace holds {raw.dtype.name} numbers; expected complex ones: a magnitude image is no k-space")
+        raise UnsupportedError(f"kspace holds {raw.dtype.name} numbers; expected complex ones: a magnitude image is "
+                               "no k-space, give it as DICOM or NIfTI for a study")  # fmt: skip
     if raw.ndim not in (3, 4) or 0 in raw.shape:
         raise UnsupportedError(f"kspace has shape {raw.shape}; expected (slices, coils, readout, phase) or (slices, readout, phase)")
     slices, height, width = raw.shape[0], raw.shape[-2], raw.shape[-1]
@@ -47,7 +48,8 @@ def read(file: h5py.File, *, digest: str, max_bytes: int) -> Source:
         notes.append("no header XML: zero-padding known from zero columns only")
     else:
         if header.trajectory not in ("cartesian", "unknown"):
-            raise UnsupportedError(f"the header XML says trajectory {header.trajectory}; fastMRI k-space is Cartesian")
+            raise UnsupportedError(f"the header XML says trajectory {header.trajectory}; expected cartesian in a file of this "
+                                   "layout: write it as ISMRMRD, with its points")  # fmt: skip
         plan = encoding.layout(header, (height, width), whole=bool(rows.all()))
         if not rows.all():
             notes.append("readout not sampled from end to end: its oversampling stays")
@@ -66,7 +68,7 @@ def read(file: h5py.File, *, digest: str, max_bytes: int) -> Source:
         y[index] = encoding.narrow(image, plan.rows)
     columns = stated & filled
     if not columns.any():
-        raise UnsupportedError("kspace is zero in every sampled column; there is nothing to reconstruct")
+        raise UnsupportedError("kspace is zero in every sampled column; expected measurements: export it again")
     mask = np.broadcast_to(columns, (plan.rows, width)) if plan.rows != height else rows[:, None] & columns
     grid = Grid(shape=(plan.rows, width), spacing=plan.spacing or (1.0, 1.0))
     y *= mask  # rows that only other slices hold
@@ -103,10 +105,11 @@ def _columns(file: h5py.File, header: encoding.Header | None, width: int, max_by
     if "mask" in file:
         stored = hdf5.dataset(file, "mask", max_bytes)
         if stored.size != width or stored.dtype.kind not in "biuf":
-            raise UnsupportedError(f"the mask has {stored.size} entries of {stored.dtype.name}, k-space {width} columns; expected one each")
+            raise UnsupportedError(f"the mask has {stored.size} entries of {stored.dtype.name}, k-space {width} columns; "
+                                   "expected one each: write the mask along the phase encoding, the last axis")  # fmt: skip
         columns &= np.asarray(stored[()]).ravel() > 0
         if not columns.any():
-            raise UnsupportedError("the mask has no sampled column; expected at least one")
+            raise UnsupportedError("the mask has no sampled column; expected at least one: leave the mask out, and what is not 0 counts")
     if header is not None and header.centre is not None and header.last is not None and header.encoded.matrix[1] == width:
         left = width // 2 - header.centre
         columns[: max(left, 0)] = False

@@ -69,7 +69,7 @@ def dataset(group: h5py.Group, name: str, max_bytes: int) -> h5py.Dataset:
     """
     found = group[name]
     if not isinstance(found, h5py.Dataset):
-        raise UnsupportedError(f"{name} in the HDF5 file is no data set; expected an array")
+        raise UnsupportedError(f"{name} in the HDF5 file is no data set; expected an array: write it again")
     if found.is_virtual or found.external:
         raise UnsupportedError(f"{name} in the HDF5 file is a virtual data set of other files; copy the data into one file (h5repack)")
     plist = found.id.get_create_plist()
@@ -77,7 +77,7 @@ def dataset(group: h5py.Group, name: str, max_bytes: int) -> h5py.Dataset:
     if unknown:
         raise UnsupportedError(f"{name} in the HDF5 file is packed with filter {unknown[0]}, a plugin; repack it (h5repack -f GZIP=4)")
     if h5py.check_ref_dtype(found.dtype) is not None:
-        raise UnsupportedError(f"{name} in the HDF5 file holds references; expected numbers")
+        raise UnsupportedError(f"{name} in the HDF5 file holds references; expected numbers: write them as one array")
     if not _sound(found.dtype):
         raise CorruptError(f"{name} in the HDF5 file is damaged: the members of its records overlap; copy the file again")
     sizes = [found.shape or (1,), found.chunks or (1,)]
@@ -105,6 +105,6 @@ def header(group: h5py.Group, name: str, max_bytes: int) -> bytes | str:
     """The XML in a data set of one string; UnsupportedError if it is none."""
     found = dataset(group, name, max_bytes)
     if h5py.check_string_dtype(found.dtype) is None or found.size != 1:
-        raise UnsupportedError(f"{name} in the HDF5 file is not one string; expected the header XML")
+        raise UnsupportedError(f"{name} in the HDF5 file is not one string; expected the header XML: write it again")
     value = found[()] if found.shape == () else found[:].ravel()[0]
     return value if isinstance(value, bytes | str) else str(value)

@@ -70,7 +70,8 @@ def _array(path: Path, max_bytes: int) -> NDArray[np.complex64]:
     if dtype.hasobject:
         raise UnsupportedError("the .npy file holds pickled objects, which are never loaded; save a complex array")
     if dtype.kind != "c":
-        raise UnsupportedError(f"the .npy file holds {dtype.name} numbers; expected complex k-space: a magnitude image is no measurement")
+        raise UnsupportedError(f"the .npy file holds {dtype.name} numbers; expected complex k-space: a magnitude image is "
+                               "no measurement, give it as DICOM or NIfTI for a study")  # fmt: skip
     if len(shape) not in (3, 4) or 0 in shape:
         raise UnsupportedError(f"the .npy file has shape {shape}; expected (coils, ky, kx) or (slices, coils, ky, kx)")
     if needed > held:
@@ -110,7 +111,7 @@ def _mask(y: NDArray[np.complex64], rule: object) -> NDArray[np.bool_]:
     filled = (y != 0).any(1)
     mask = filled.any(0)
     if not mask.any():
-        raise UnsupportedError("k-space is zero everywhere; there is nothing to reconstruct")
+        raise UnsupportedError("k-space is zero everywhere; expected measurements: export it again")
     if rule == "all":
         return np.ones_like(mask)
     if ((~filled & mask).sum((1, 2)) > STRAY * mask.sum()).any():

@@ -167,7 +167,8 @@ def sort(group: h5py.Group, header: encoding.Header, max_bytes: int) -> Readouts
     """
     stored = hdf5.dataset(group, "data", max_bytes)
     if stored.dtype.names is None or not {"head", "data"} <= set(stored.dtype.names) or stored.ndim != 1 or not len(stored):
-        raise UnsupportedError("data in the HDF5 file are no ISMRMRD acquisitions; expected head, traj and data for each readout")
+        raise UnsupportedError("data in the HDF5 file are no ISMRMRD acquisitions; expected head, traj and data for each "
+                               "readout: convert the raw data again")  # fmt: skip
     heads = stored.fields("head")[:]
     if heads.dtype.names is None or not FIELDS <= set(heads.dtype.names):
         raise UnsupportedError("the readouts' headers in the HDF5 file are not ISMRMRD's (version 1); convert the raw data again")
@@ -206,7 +207,8 @@ def _choose(heads: Heads, header: encoding.Header, notes: list[str]) -> tuple[In
     notes += [f"{int(other.sum())} readouts that are no image data passed over"] if other.any() else []
     picked = heads[chosen]
     if (picked["flags"].astype(np.uint64) & np.uint64(REVERSE)).any():
-        raise UnsupportedError("the ISMRMRD file holds reversed readouts, as of EPI, which want a phase correction; not supported")
+        raise UnsupportedError("the ISMRMRD file holds reversed readouts, as of EPI; expected all in one direction: reverse, correct and "
+                               "regrid them first")  # fmt: skip
     for name in DIMENSIONS:
         count = len(np.unique(picked["idx"][name]))
         if count > 1:

@@ -47,7 +47,8 @@ def read(readouts: Readouts, *, digest: str, max_bytes: int) -> Source:
         raise UnsupportedError(f"the ISMRMRD file is {readouts.header.trajectory} but (some of) its readouts hold no trajectory; write kx "
                                "and ky of every sample into traj, as the sequence played them")  # fmt: skip
     if len(dimensions) > 1 or dimensions[0] not in (2, 3):
-        raise UnsupportedError(f"the trajectory has {' or '.join(map(str, dimensions))} numbers to a sample; expected 2, kx and ky")
+        raise UnsupportedError(f"the trajectory has {' or '.join(map(str, dimensions))} numbers to a sample; expected 2: write "
+                               "kx and ky into traj")  # fmt: skip
     _check_installed()
     count = int(readouts.slices.max()) + 1
     if count * readouts.coils * math.prod(grid.shape) * 8 > max_bytes:
