@@ -118,7 +118,9 @@ def run(arguments: argparse.Namespace) -> None:
     say = (lambda line: None) if arguments.quiet else (lambda line: print(line, file=sys.stderr))
     wanted = arguments.format or ("dicom" if source.kind == "dicom" else "nifti")
     if wanted != "nifti" and source.kind != "dicom" and not (source.modality == "MR" and source.placed):
-        raise UsageError("DICOM output wants a DICOM input, whose patient and study it copies: say --format nifti")
+        lacks = ("a place in the patient, which the input does not give" if source.modality == "MR" else
+                 "a DICOM input, whose patient and study it copies")
+        raise UsageError(f"DICOM output wants {lacks}: say --format nifti")
     from deft_med.pipeline import SAMPLES, STEPS, check_method, reconstruct
 
     check_method(arguments.method, source.modality)
@@ -132,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"{source.describe()}: a finished image holds no measurements; retrospective study under {protocol.name} "
             f"({protocol.description}), everything is marked SIMULATED")
     else:
-        say(f"{source.describe()}: measurements")
+        say(f"{source.describe()}: {'computed measurements, everything is marked SIMULATED' if source.scan.simulated else 'measurements'}")
 
     import torch
 
@@ -237,7 +239,7 @@ def publish(result, source, out, arguments, wanted: str, model, flags: list[str]
         how = f"QUALITY CHECK FAILED: {failure(result)}; {how}"
     name, base, marked = result.method.upper(), result.baseline.replace("-", "_"), "CHECK FAILED, " if result.failed else ""
     forms = ("dicom", "nifti") if wanted == "both" else (wanted,)
-    pictures = [("", name, result.volume, f"{marked}{name} reconstruction", how, forms),
+    pictures = [("", name.replace("-", "_"), result.volume, f"{marked}{name} reconstruction", how, forms),
                 (f"_{base}", base.upper(), result.beside[result.baseline], f"{base} baseline", f"deft_med {__version__}, {base}", forms)]
     if result.std is not None:
         width = interval_words(result)
