@@ -181,6 +181,7 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, inverse: str, device: 
     acquisition: Cartesian | Trajectory = scan.acquisition  # type: ignore[assignment]
     physics = encoding(acquisition, maps)
     channels, scale = Complex(acquisition.shape), float(scale_of(kspace)) or 1.0
+    seen = (maps != 0).any(0)  # where no coil sees, a regulariser alone would fill in the image
     likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ approximate_inverse(physics, inverse),
                           count=2 * len(maps) * acquisition.samples, ratio=1 / acquisition.acceleration)
 
@@ -193,7 +194,7 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, inverse: str, device: 
     def sparse(method: Callable[..., tuple[Tensor, Record]], name: str) -> Callable[[], tuple[Tensor, str]]:
         def answer() -> tuple[Tensor, str]:
             image, record = method(physics * scale, y, SPARSE[name] * scale / level, sigma=noise, max_iterations=MR_ITERATIONS)
-            return _told(channels.H(image), record)
+            return _told(channels.H(image * seen), record)
 
         return answer
 

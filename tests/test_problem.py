@@ -211,3 +211,15 @@ def test_maps_of_any_scale_give_one_image() -> None:
     maps = coil_maps(1, 4, (64, 64), slice_generator(1, 0, purpose="coils")).numpy()
     once, thrice = (reconstruct(dataclasses.replace(scan, maps=factor * maps), method="cg-sense").volume.data for factor in (1, 3))
     np.testing.assert_allclose(thrice, once, rtol=1e-3, atol=1e-3 * once.max())
+
+
+def test_where_no_coil_sees_classical_methods_leave_the_image_at_zero() -> None:
+    scan = study()
+    maps = coil_maps(1, 4, (64, 64), torch.Generator().manual_seed(3))[0].clone()
+    maps[:, :, :10] = 0
+    problem = pose(dataclasses.replace(scan, maps=maps[None].numpy()))
+    for name in ("wavelet", "tv", "cg-sense"):
+        with torch.no_grad():
+            u, _ = problem.classical[name]()
+        assert not u[..., :10].any(), name
+        assert u[..., 10:].any(), name
