@@ -1,8 +1,12 @@
 """Networks trained on pairs without a prior: what DEFT is compared with."""
 
-import torch
-from torch import Tensor
+import math
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor, nn
+
+from deft_med.htransform import Weight, wiener
 from deft_med.likelihood import Gaussian
 from deft_med.octaves import scale_octaves
 from deft_med.prior import Preconditioned
@@ -11,14 +15,24 @@ from deft_med.prior import Preconditioned
 class Supervised(Preconditioned):
     """FBP + U-Net (Jin et al. 2017): ``likelihood -> x0hat``, one evaluation, an estimate of E[x0 | y].
 
-    ``network`` takes the filtered backprojection (C channels) and two log-scalars, ln s_img and ln M/N; it learns what to add.
+    ``network`` takes the filtered backprojection (C channels) and two log-scalars, ln s_img and ln M/N; it learns what to add, with
+    ``form='wiener'`` to the backprojection's Wiener filter, octave by octave, in units of what that leaves open (`htransform.wiener`).
     """
+
+    def __init__(self, network: nn.Module, *, sd: float, octaves: Sequence[Sequence[float]] = (), form: str = "edm") -> None:
+        super().__init__(network, sd=sd, octaves=octaves)
+        self.form = form
+        if form == "wiener":
+            self.weight = Weight(len(self.sds), math.log(2))
 
     def forward(self, likelihood: Gaussian) -> Tensor:
         fbp = likelihood.direct()
         ratio = torch.full_like(likelihood.s_img, likelihood.log_ratio)
-        scale = self.sds[:, None].to(fbp) / self.sd
-        return fbp + scale_octaves(self.network(scale_octaves(fbp, 1 / scale), torch.stack([likelihood.s_img.log(), ratio], 1)), scale)
+        scalars, sds = torch.stack([likelihood.s_img.log(), ratio], 1), self.sds[:, None].to(fbp)
+        if self.form != "wiener":
+            return fbp + scale_octaves(self.network(scale_octaves(fbp, self.sd / sds), scalars), sds / self.sd)
+        gain, left = wiener(sds, likelihood.s_img[None, :, None] * self.weight(scalars).exp())
+        return scale_octaves(fbp, gain) + scale_octaves(self.network(scale_octaves(fbp, gain.detach().sqrt() / sds), scalars), left)
 
 
 class Conditional(Preconditioned):

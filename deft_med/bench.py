@@ -105,7 +105,7 @@ class Bench:
         truth = scan.reference.data
         measures: Callable[..., dict] = metrics.ct_metrics
         if scan.modality == "MR":
-            measures = functools.partial(metrics.mr_metrics, data_range=brightest)
+            measures = functools.partial(metrics.mr_metrics, data_range=brightest, pixel_mm=max(scan.grid.spacing))
         region = metrics.MASKS[scan.modality](truth[0])
         with torch.no_grad():
             problem = pose(scan, device=self.device)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from deft_med.config import Noise
 from deft_med.intensity import Affine, Window, low_resolution, scale_of
 from deft_med.likelihood import Gaussian
-from deft_med.simulate import coil_maps, measured_by, smooth_phase, unresolved, with_noise
+from deft_med.simulate import coil_maps, measured_by, smooth, smooth_phase, unresolved, with_noise
 from operators import patterns
 from operators.analytic import FilteredBackprojection, approximate_inverse
 from operators.ct import RayTransform
@@ -171,8 +171,7 @@ class KSpace:
         """The maps as a calibration finds them: a little wrong, and often zero outside the object."""
         count, coils, *shape = maps.shape
         r = torch.rand(3, count, 1, 1, 1, generator=generator)
-        field = torch.randn(count * 2, coils, 12, 12, generator=generator)
-        field = F.interpolate(field, shape, mode="bicubic").reshape(2, count, coils, *shape)
+        field = smooth(torch.randn(2, count, coils, 12, 12, generator=generator), (shape[0], shape[1]))
         found = maps * (1 + _between(self.ranges.map_error, r[0]) * torch.complex(*field))
         found = found / found.abs().square().sum(1, keepdim=True).sqrt()
         reach = self.size // 32  # the kernels of a calibration see no finer

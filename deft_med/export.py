@@ -67,7 +67,7 @@ def make(arguments: argparse.Namespace):
         "window": dataclasses.asdict(window), "channels": MODALITIES[h_config.modality], "sigma_data": prior.sd,
         "octaves": prior_config.octaves,
         "sigma_min": prior.sigma_min, "sigma_max": prior.sigma_max, "prior": dataclasses.asdict(prior_config.network),
-        "h": dataclasses.asdict(h_config.network) | {"residual": residual, "form": h_config.loss},
+        "h": dataclasses.asdict(h_config.network) | {"residual": residual, "form": h_config.form or h_config.loss},
         "training_data": [dataclasses.asdict(c) for c in collections(seen)],
         "metrics": [] if arguments.results is None else measured(Path(arguments.results)),
         "calibration": calibration,

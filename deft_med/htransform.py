@@ -7,13 +7,17 @@ With the prior's denoiser D and the generalised h-transform h = grad_x ln p_sigm
 and minimising lambda(sigma) |D + sigma^2 h - x0|^2 over pairs (x0, y) gives h (theorem 3.1 of arXiv 2406.01781). Written with the
 residual g = B(y - A D) in image units,
 
-    sigma^2 h = c_out(sigma) (net(c_in x, D, g; ln sigma, ln s_img, ln M/N) + w(ln sigma, ln s_img) g),
+    sigma^2 h = c_h net(c_in x, D, g; ln sigma, ln s_img, ln M/N) + c_g g,
 
-equation 12 of the paper with the filtered residual in place of the likelihood's gradient. With c_out = sigma it is the paper's
-epsilon form: eps_h = -(net + w g). No gradient passes through the prior, in training or in sampling.
+equation 12 of the paper with the filtered residual in place of the likelihood's gradient. What x leaves open has the deviation
+c_out(sigma), what the measurements say of it the error n = s_img e^w with a small perceptron w(ln sigma, ln s_img, ln M/N): c_g =
+c_out^2 / (c_out^2 + n^2) is the Wiener gain, c_h = c_out n / sqrt(c_out^2 + n^2) the deviation that is left for the network, both
+octave by octave. A fresh h is a posterior mean already, and the network never has to repeat what the residual says. In the paper's
+epsilon form c_h = sigma and c_g = sigma w: eps_h = -(net + w g). No gradient passes through the prior, in training or in sampling.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,13 +29,15 @@ from deft_med.octaves import scale_octaves
 from deft_med.prior import Preconditioned, Prior
 from deft_med.schedule import Denoiser
 
+FORMS = ("wiener", "edm", "epsilon")
+
 
 class Weight(nn.Module):
-    """w(ln sigma, ln s_img) of every octave: how far to trust the residual itself; a perceptron that starts at a small constant."""
+    """w(scalars) of every octave: how far to trust the residual itself; a perceptron that starts at a constant."""
 
-    def __init__(self, octaves: int = 1, start: float = 0.1, dim: int = 32) -> None:
+    def __init__(self, octaves: int = 1, start: float = 0.1, dim: int = 32, scalars: int = 2) -> None:
         super().__init__()
-        self.embedding, self.last = Embedding(2, dim), nn.Linear(dim, octaves)
+        self.embedding, self.last = Embedding(scalars, dim), nn.Linear(dim, octaves)
         nn.init.zeros_(self.last.weight)
         nn.init.constant_(self.last.bias, start)
 
@@ -39,28 +45,39 @@ class Weight(nn.Module):
         return self.last(self.embedding(scalars)).T[..., None]  # (L, B, 1)
 
 
+def wiener(deviation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """s^2 / (s^2 + n^2), the gain of the best linear estimate of a signal from signal + noise, and the deviation of its error."""
+    total = deviation.square() + noise.square()
+    return deviation.square() / total, deviation * noise / total.sqrt()
+
+
 class HTransform(Preconditioned):
     """The learned part: ``(x, D, g (B, C, H, W), sigma, s_img (B,), log_ratio) -> sigma^2 h (B, C, H, W)``.
 
-    ``network`` takes 3 C channels and 3 log-scalars (a fresh ``UNet`` returns 0, so DEFT starts at D + 0.1 c_out g).
-    D and g reach it in units of sd; with octaves (`Preconditioned`) all of this holds octave by octave. ``form='edm'`` scales by
-    c_out = sigma sd / sqrt(sigma^2 + sd^2), ``form='epsilon'`` by sigma as the paper does.
+    ``network`` takes 3 C channels and 3 log-scalars. A fresh ``UNet`` returns 0, so that DEFT starts at D + c_g g. ``form``:
+    'wiener' as above, with n = 2 s_img at the start; 'edm' c_h = c_out, c_g = c_out w; 'epsilon' the same with sigma for c_out, as the
+    paper has it. Octaves (`Preconditioned`) are scaled one by one in every form.
     """
 
     def __init__(self, network: nn.Module, *, sd: float = 0.5, octaves: Sequence[Sequence[float]] = (), form: str = "edm") -> None:
         super().__init__(network, sd=sd, octaves=octaves)
-        if form not in ("edm", "epsilon"):
-            raise ValueError(f"the h-transform's form is 'edm' or 'epsilon', got {form!r}")
-        self.weight, self.form = Weight(len(self.sds)), form
+        if form not in FORMS:
+            raise ValueError(f"the h-transform's form is one of {', '.join(FORMS)}, got {form!r}")
+        self.form = form
+        self.weight = Weight(len(self.sds), math.log(2), scalars=3) if form == "wiener" else Weight(len(self.sds))
 
     def forward(self, x: Tensor, d: Tensor, g: Tensor, sigma: Tensor, s_img: Tensor, log_ratio: float) -> Tensor:
         _, out, inp = self.scalings(sigma)
-        if self.form == "epsilon":
-            out = sigma[None, :, None].expand_as(out)
-        unit = self.sd / self.sds[:, None].to(x)
         scalars = torch.stack([sigma.log(), s_img.log(), torch.full_like(s_img, log_ratio)], 1)
-        seen = [scale_octaves(x, inp), scale_octaves(d, unit), scale_octaves(g, unit)]
-        return scale_octaves(self.network(torch.cat(seen, 1), scalars), out) + scale_octaves(g, out * self.weight(scalars[:, :2]))
+        unit = self.sd / self.sds[:, None].to(x)
+        if self.form == "wiener":
+            gain, left = wiener(out, s_img[None, :, None] * self.weight(scalars).exp())
+            scale = gain.detach().sqrt() / out  # the residual has the deviation sqrt(c_out^2 + n^2)
+        else:
+            left = out if self.form == "edm" else sigma[None, :, None].expand_as(out)
+            gain, scale = left * self.weight(scalars[:, :2]), unit
+        seen = torch.cat([scale_octaves(x, inp), scale_octaves(d, unit), scale_octaves(g, scale)], 1)
+        return scale_octaves(self.network(seen, scalars), left) + scale_octaves(g, gain)
 
 
 class Deft(nn.Module):

@@ -17,7 +17,7 @@ from deft_med.data import Augmentation, Pool, crops, draw_images
 from deft_med.draws import WHOLE, Acquisitions, KSpace, KSpaceRanges, Rays, complex_images
 from deft_med.errors import UsageError
 from deft_med.fit import Recipe, Stage
-from deft_med.htransform import Deft, HTransform
+from deft_med.htransform import FORMS, Deft, HTransform
 from deft_med.likelihood import Gaussian
 from deft_med.network import UNet
 from deft_med.prior import Prior, denoising_loss
@@ -60,6 +60,7 @@ class Training:
     prior: str | None = None  # folder of the prior's training, for kind htransform
     start: str | None = None  # folder of a training of the same network whose weights this one goes on from
     loss: str = "edm"  # or epsilon: the paper's uniform t and unweighted eps
+    form: str = ""  # of an h-transform or a supervised network: wiener, or by default that of the loss
     noisy: float = 0.0  # share of draws moved to the last decade of sigma
     sd: float = 0.5  # root mean square of u
     octaves: tuple[tuple[float, ...], ...] = ()  # and that of its octaves, per channel, finest first (`octaves.deviations`)
@@ -76,6 +77,8 @@ class Training:
             raise ValueError(f"inverse is sense or adjoint, got {self.inverse!r}")
         if self.loss not in ("edm", "epsilon"):
             raise ValueError(f"loss is edm or epsilon, got {self.loss!r}")
+        if self.form not in ("", *FORMS):
+            raise ValueError(f"form is one of {', '.join(FORMS)}, got {self.form!r}")
         if (self.kind == "htransform") != (self.prior is not None):
             raise ValueError("kind htransform wants prior: FOLDER, the other kinds want none")
 
@@ -87,9 +90,9 @@ def bare(config: Training) -> nn.Module:
     shape = config.network
     network = UNet(inputs * channels, channels, shape.widths, scalars=scalars, blocks=shape.blocks, dim=shape.dim)
     if config.kind == "htransform":
-        return HTransform(network, sd=config.sd, octaves=config.octaves, form=config.loss)
+        return HTransform(network, sd=config.sd, octaves=config.octaves, form=config.form or config.loss)
     if config.kind == "supervised":
-        return Supervised(network, sd=config.sd, octaves=config.octaves)
+        return Supervised(network, sd=config.sd, octaves=config.octaves, form=config.form or config.loss)
     return (Prior if config.kind == "prior" else Conditional)(network, sd=config.sd, octaves=config.octaves)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from scipy import ndimage
 from scipy.special import stdtrit
 
+SCALP_MM = 15.0  # skin, fat and skull of a head, about
 CT_CLIP = (-1000.0, 1000.0)
 """HU to which both sides are clipped before a CT metric; its length is the data range."""
 
@@ -179,6 +180,18 @@ def head_mask(image: ArrayLike, *, fraction: float = 0.1, percentile: float = 99
     return _by_slice("head_mask", image, lambda m: _largest(m > fraction * np.percentile(m, percentile), opening))
 
 
+def scalp_mask(head: ArrayLike, pixel_mm: float, *, depth_mm: float = SCALP_MM) -> np.ndarray:
+    """What of a head's mask (row, column) or (slice, row, column) lies within `depth_mm` of its edge: scalp and skull, about.
+
+    The rest is brain, in slices that show one. The frame's own edge is no edge of the head.
+    """
+    def rim(mask: np.ndarray) -> np.ndarray:
+        padded = np.pad(mask, 1, mode="edge")
+        return mask & (ndimage.distance_transform_edt(padded)[1:-1, 1:-1] * pixel_mm <= depth_mm)
+
+    return _by_slice("scalp_mask", head, rim)
+
+
 MASKS: dict[str, Callable[[ArrayLike], np.ndarray]] = {"CT": body_mask, "MR": head_mask}
 """Modality -> the region inside which a result is judged."""
 
@@ -216,17 +229,23 @@ def ct_metrics(x: ArrayLike, ref: ArrayLike) -> dict[str, Any]:
     return _summary(_agreement(image, truth, high - low, "body", body_mask(truth)))
 
 
-def mr_metrics(x: ArrayLike, ref: ArrayLike, *, data_range: float | None = None) -> dict[str, Any]:
+def mr_metrics(x: ArrayLike, ref: ArrayLike, *, data_range: float | None = None, pixel_mm: float | None = None) -> dict[str, Any]:
     """PSNR (dB), SSIM and NMSE of the magnitudes of MR volumes (slice, row, column), real or complex, not clipped, per slice.
 
     The range is the maximum of the reference volume: ``data_range`` where ``ref`` is but a part of it. Returns {"psnr", "ssim", "nmse",
-    "psnr_head", "ssim_head", "mean", "sd"} as `ct_metrics` does: full frame, and inside the reference's head mask. Raises ValueError for
-    a reference that is zero everywhere and no range.
+    "psnr_head", "ssim_head", "mean", "sd"} as `ct_metrics` does: full frame, and inside the reference's head mask; with ``pixel_mm`` also
+    "psnr_scalp" and "psnr_brain", where in the head the error sits (`scalp_mask`). Raises ValueError for a reference that is zero
+    everywhere and no range.
     """
     image, truth = (np.abs(v) for v in _volumes("mr_metrics", x, ref))
     if data_range is None and not truth.any():
         raise ValueError("mr_metrics needs a reference that is not zero everywhere")
-    result = _agreement(image, truth, float(truth.max()) if data_range is None else data_range, "head", head_mask(truth))
+    span, head = float(truth.max()) if data_range is None else data_range, head_mask(truth)
+    result = _agreement(image, truth, span, "head", head)
+    if pixel_mm is not None:
+        scalp = scalp_mask(head, pixel_mm)
+        for part, masks in (("scalp", scalp), ("brain", head & ~scalp)):
+            result[f"psnr_{part}"] = [psnr(i, t, data_range=span, mask=m) for i, t, m in zip(image, truth, masks)]
     return _summary(result | {"nmse": [nmse(i, t) for i, t in zip(image, truth)]})
 
 

@@ -16,15 +16,16 @@ from deft_med.methods import parse
 WORDS = {"CT": "PSNR and SSIM: range 2000 HU, both sides clipped to [-1000, 1000] HU, full frame, and inside the reference's body mask",
          "MR": "PSNR and SSIM of magnitudes: range the maximum of the reference volume, full frame, and inside the reference's head mask"}
 NUMBERS = {  # a record's key: its column and its decimals
-    "psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "psnr_body": ("PSNR {region}", 2), "ssim_body": ("SSIM {region}", 3), "chi2": ("chi2", 3),
+    "psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "psnr_body": ("PSNR {region}", 2), "ssim_body": ("SSIM {region}", 3),
+    "psnr_scalp": ("PSNR scalp", 2), "psnr_brain": ("PSNR brain", 2), "chi2": ("chi2", 3),
     "chi2_samples": ("chi2 samples", 3), "coverage": ("in 90 %", 3), "nfe": ("NFE", 0), "seconds": ("s / slice", 2),
     "cpu_seconds": ("CPU-s / slice", 2), "peak_mb": ("peak MB", 0), "rise_mb": ("rise MB", 0)}  # fmt: skip
 PAIRED = ("psnr", "psnr_body", "ssim", "ssim_body")  # also those that are shown with their spread
 NOTES = """± is the standard deviation between subjects. Averages and the sample of one method share their samples; what each cost is
 its share of the largest. chi2: of the image shown, and of the samples that it averages (1 is expected of a
-sample, less of a mean). In 90 %: pixels of the {region} whose reference lies in mean ± t sqrt(1 + 1/K) std of K samples. NFE: evaluations
-of the prior, or of a method's own network, for one image. Peak: resident size of the whole process while the method ran, rise: what the
-method added to it (on CUDA: what torch had allocated)."""
+sample, less of a mean). In 90 %: pixels of the {region} whose reference lies in mean ± t sqrt(1 + 1/K) std of K samples. Scalp: what of a
+head lies within 15 mm of its edge; brain: the rest. NFE: evaluations of the prior, or of a method's own network, for one image. Peak:
+resident size of the whole process while the method ran, rise: what the method added to it (on CUDA: what torch had allocated)."""
 
 
 def values(records: Iterable[Mapping], key: str) -> dict[str, float]:

@@ -6,6 +6,7 @@ detector bin by three sub-rays; reconstruction uses Joseph's single ray on the r
 own k-space, and thick slices are means of the reference's own rows, which is the custom and is said to be kind.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -192,14 +193,26 @@ def smooth_phase(count: int, shape: tuple[int, int], generator: Generator) -> Te
     show is what head scans have."""
     y, x = _axes(shape)
     r = torch.rand(count, 6, generator=generator)[..., None, None]
-    slow = F.interpolate(torch.randn(count, 1, 4, 4, generator=generator), shape, mode="bicubic")[:, 0]
+    slow = smooth(torch.randn(count, 4, 4, generator=generator), shape)
     ramp = 4 * (r[:, 0] - 0.5) * y + 4 * (r[:, 1] - 0.5) * x
-    fine = F.interpolate(torch.randn(count, 1, 24, 24, generator=generator), shape, mode="bicubic")[:, 0]
+    fine = smooth(torch.randn(count, 24, 24, generator=generator), shape)
     r2 = torch.rand(count, 2, 4, generator=generator)[..., None, None]
     away = (y - 1.2 * (r2[:, :, 0] - 0.5)) ** 2 + (x - 1.2 * (r2[:, :, 1] - 0.5)) ** 2
     bumps = (3 * (r2[:, :, 2] - 0.5) * torch.exp(-away / (2 * (0.04 + 0.08 * r2[:, :, 3]) ** 2))).sum(1)
     slow = 0.8 * r[:, 4] * slow + 0.25 * r[:, 5] * fine + bumps
     return 2 * math.pi * r[:, 2] + ramp + 3 * (r[:, 3] - 0.5) * (x**2 + y**2) + slow
+
+
+def smooth(field: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A coarse field (..., k, l) on a grid of ``shape`` by bicubic interpolation, as the product of two matrices."""
+    rows, columns = (_bicubic(*ends) for ends in zip(field.shape[-2:], shape, strict=True))
+    return rows @ field @ columns.T
+
+
+@functools.lru_cache
+def _bicubic(nodes: int, size: int) -> Tensor:
+    """The matrix (size, nodes) of bicubic interpolation along one axis."""
+    return F.interpolate(torch.eye(nodes)[None, None], (size, nodes), mode="bicubic")[0, 0]
 
 
 def _axes(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from deft_med.guidance import dds
-from deft_med.htransform import Deft, HTransform
+from deft_med.htransform import Deft, HTransform, wiener
 from deft_med.metrics import coverage
 from deft_med.network import UNet
 from deft_med.prior import Prior, denoising_loss, scalings
 from deft_med.sample import ddim, dpm, heun, start
 from deft_med.schedule import edm_to_vp, sigmas, vp_to_edm
 from deft_med.testing import Laboratory
+from operators.linear import LinearOperator
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +169,32 @@ def test_both_forms_are_the_same_h() -> None:
 
 
 def test_h_rejects_an_unknown_form() -> None:
-    with pytest.raises(ValueError, match="'edm' or 'epsilon'"):
+    with pytest.raises(ValueError, match="one of wiener, edm, epsilon, got 'score'"):
         HTransform(UNet(3, 1, (8, 8), scalars=3), form="score")
+
+
+class Identity(LinearOperator):
+    """An image is measured as it is."""
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return y.clone()
+
+
+def test_a_fresh_h_of_the_wiener_form_is_the_posterior_of_white_noise_on_a_white_image() -> None:
+    """Where the data are the image with white noise, D + c_g g needs no training: it is E[x0 | x, y], and c_h its deviation."""
+    lab = Laboratory(Identity((8, 8), (8, 8)), Identity((8, 8), (8, 8)), 0.3, length=0.0, mean=0.0)
+    _, likelihood, x, sigma = noisy(lab, [0.05, 0.5, 5.0, 80.0])
+    likelihood.s_img = torch.full((4,), lab.s, dtype=torch.float64)  # not that of one draw over 64 pixels
+    h = HTransform(UNet(3, 1, (8, 8), scalars=3), form="wiener").double()
+    torch.nn.init.zeros_(h.weight.last.bias)
+    deft = Deft(Prior(UNet(1, 1, (8, 8))).double(), h)
+    torch.testing.assert_close(deft(x, sigma, likelihood), lab.posterior(likelihood.y)(x, sigma))
+    _, left = wiener(scalings(sigma, lab.sd)[1], likelihood.s_img)
+    precision = 1 / lab.sd**2 + 1 / lab.s**2 + 1 / sigma**2
+    torch.testing.assert_close(left, precision**-0.5)
 
 
 def test_h_is_told_how_noisy_the_data_are() -> None:
@@ -225,10 +250,10 @@ class Linear(torch.nn.Module):
         return (self.seen @ self.matrix).reshape(len(x), 1, *x.shape[2:])
 
 
-@pytest.mark.parametrize("form", ["edm", "epsilon"])
+@pytest.mark.parametrize("form", ["wiener", "edm", "epsilon"])
 @pytest.mark.parametrize("level", [0.1, 0.5, 3.0, 80.0])
 def test_an_h_fitted_to_pairs_reaches_the_linear_optimum(form: str, level: float) -> None:
-    """The minimiser of DEFT's loss over pairs (x0, y) is the exact posterior denoiser, in both forms and at every noise level."""
+    """The minimiser of DEFT's loss over pairs (x0, y) is the exact posterior denoiser, in every form and at every noise level."""
     ct = Laboratory.ct(n=8, views=12)
     lab = Laboratory(ct.operator, ct.operator.H * (1 / 96), ct.s, mean=0.0)  # the adjoint as B: it keeps all that y says about x0
 
@@ -252,7 +277,8 @@ def test_an_h_fitted_to_pairs_reaches_the_linear_optimum(form: str, level: float
     with torch.no_grad():
         x0, x, sigma, likelihood = pairs(30000, 0)
         untrained = deft(x, sigma, likelihood)
-        scale = level if form == "epsilon" else scalings(sigma[:1], 0.5)[1]
+        out = scalings(sigma[:1], 0.5)[1]
+        scale = {"epsilon": sigma[:1], "edm": out, "wiener": wiener(out, 2 * likelihood.s_img[:1])[1]}[form]
         network.matrix = torch.linalg.lstsq(network.seen, ((x0 - untrained) / scale).flatten(1), rcond=1e-9, driver="gelsd").solution
         x0, x, sigma, likelihood = pairs(10000, 10)
         trained = deft(x, sigma, likelihood)

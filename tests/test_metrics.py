@@ -192,6 +192,17 @@ def test_mr_metrics_is_of_magnitudes_in_the_range_of_the_volume(rng: np.random.G
     assert bright["psnr_head"][1] == pytest.approx(20 * math.log10(1 / 2)), "nothing is clipped"
 
 
+def test_the_scalp_is_the_rim_of_a_head() -> None:
+    head = disk((64, 60), (32, 30), 20)
+    rim = metrics.scalp_mask(head, 2.0, depth_mm=10.0)  # five pixels
+    assert not rim[~head].any() and not disk((64, 60), (32, 30), 14)[rim].any() and (rim | disk((64, 60), (32, 30), 17))[head].all()
+    cut = metrics.scalp_mask(head[32:], 2.0, depth_mm=10.0)
+    assert not cut[0, 30] and cut[0, 11], "the frame is no edge"
+    ref, x = head * 1.0, head * np.where(rim, 1.1, 1.01)
+    found = metrics.mr_metrics(x[None], ref[None], pixel_mm=2.0 * metrics.SCALP_MM / 10.0)
+    assert found["psnr_scalp"] == [pytest.approx(20, abs=0.1)] and found["psnr_brain"] == [pytest.approx(40, abs=0.1)]
+
+
 def test_mean_sd() -> None:
     assert metrics.mean_sd([1.0, 3.0, math.nan, None]) == (2.0, pytest.approx(math.sqrt(2)))
     assert math.isnan(metrics.mean_sd([5.0])[1]) and math.isnan(metrics.mean_sd([])[0])

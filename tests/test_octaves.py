@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deft_med.amortised import Supervised
 from deft_med.htransform import Deft, HTransform
 from deft_med.network import UNet
 from deft_med.octaves import deviations, scale_octaves
@@ -65,6 +66,20 @@ def test_one_octave_for_all_is_the_usual_preconditioning() -> None:
     wanted = skip * x + out * network(inp * x, sigma.log()[:, None])
     torch.testing.assert_close(Prior(network, sd=0.5)(x, sigma), wanted)
     torch.testing.assert_close(Prior(network, sd=0.5, octaves=[[0.5]] * 3)(x, sigma), wanted)
+
+
+def test_a_fresh_supervised_network_is_the_backprojection_or_its_wiener_filter() -> None:
+    class Likelihood:
+        s_img, log_ratio = torch.tensor([0.1, 0.02]), -1.0
+
+        def direct(self) -> Tensor:
+            return noise(2, 2, 16, 16, seed=5)
+
+    answers = {form: Supervised(UNet(2, 2, (8, 8), scalars=2, dim=16), sd=0.5, octaves=SDS, form=form)(Likelihood())  # type: ignore[arg-type]
+               for form in ("edm", "wiener")}
+    torch.testing.assert_close(answers["edm"], noise(2, 2, 16, 16, seed=5))
+    signal, error = torch.tensor(SDS)[:, None] ** 2, (2 * Likelihood.s_img[:, None]) ** 2
+    torch.testing.assert_close(answers["wiener"], scale_octaves(noise(2, 2, 16, 16, seed=5), signal / (signal + error)))
 
 
 def test_a_fresh_h_adds_the_residual_in_proportion_to_what_the_prior_may_miss() -> None:

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "nonlinear": FOUNDATION | {"intensity", "schedule", "likelihood"},
     "htransform": FOUNDATION | {"schedule", "network", "octaves", "prior", "likelihood"},
     "guidance": FOUNDATION | {"schedule", "prior", "likelihood", "sample"},
-    "amortised": FOUNDATION | {"schedule", "network", "octaves", "prior", "likelihood"},
+    "amortised": FOUNDATION | {"schedule", "network", "octaves", "prior", "likelihood", "htransform"},
     "finetune": FOUNDATION | {"schedule", "network", "prior", "likelihood", "htransform", "sample"},
     # edges: files here, no networks
     "io": FOUNDATION | {"io", "intensity"},
