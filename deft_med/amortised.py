@@ -1,12 +1,11 @@
 """Networks trained on pairs without a prior: what DEFT is compared with."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from deft_med.htransform import Weight, wiener
+from deft_med.htransform import Trust
 from deft_med.likelihood import Gaussian
 from deft_med.octaves import scale_octaves
 from deft_med.prior import Preconditioned
@@ -23,7 +22,7 @@ class Supervised(Preconditioned):
         super().__init__(network, sd=sd, octaves=octaves)
         self.form = form
         if form == "wiener":
-            self.weight = Weight(len(self.sds), math.log(2))
+            self.weight = Trust(len(self.sds), 2)
 
     def forward(self, likelihood: Gaussian) -> Tensor:
         fbp = likelihood.direct()
@@ -31,8 +30,9 @@ class Supervised(Preconditioned):
         scalars, sds = torch.stack([likelihood.s_img.log(), ratio], 1), self.sds[:, None].to(fbp)
         if self.form != "wiener":
             return fbp + scale_octaves(self.network(scale_octaves(fbp, self.sd / sds), scalars), sds / self.sd)
-        gain, left = wiener(sds, likelihood.s_img[None, :, None] * self.weight(scalars).exp())
-        return scale_octaves(fbp, gain) + scale_octaves(self.network(scale_octaves(fbp, gain.detach().sqrt() / sds), scalars), left)
+        gain, left = self.weight(sds, likelihood.s_img, scalars)
+        added = scale_octaves(self.network(scale_octaves(fbp, gain.detach().sqrt() / sds), scalars), left)
+        return likelihood.within(scale_octaves(fbp, gain) + added)
 
 
 class Conditional(Preconditioned):

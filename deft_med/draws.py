@@ -157,7 +157,8 @@ class KSpace:
         if isinstance(pattern, Cartesian):
             y = y * torch.from_numpy(pattern.mask)
         return Gaussian(Affine(physics @ channels, 1.0, 0.0), y, deviation, channels.H @ approximate_inverse(physics, self.inverse),
-                        count=2 * maps.shape[1] * pattern.samples, ratio=1 / pattern.acceleration)
+                        count=2 * maps.shape[1] * pattern.samples, ratio=1 / pattern.acceleration,
+                        seen=None if known is None else (known != 0).any(1, keepdim=True))
 
     def draw(self, u: Tensor, pixel: Tensor, generator: Generator) -> Gaussian:
         r = torch.rand(len(u) + 2, generator=generator, dtype=torch.float64).tolist()
@@ -165,9 +166,9 @@ class KSpace:
         pattern = self.patterns[int(r[1] * len(self.patterns))]  # one a step, so that M / N is one number
         sigma = torch.tensor([_between(self.ranges.noise, k) for k in r[2:]])
         maps = coil_maps(len(u), coils, (self.size, self.size), generator)
-        return self.measure(u, pattern, maps, sigma, generator, self._calibrated(maps, u, generator) if coils > 1 else None)
+        return self.measure(u, pattern, maps, sigma, generator, self.calibrated(maps, u, generator) if coils > 1 else None)
 
-    def _calibrated(self, maps: Tensor, u: Tensor, generator: Generator) -> Tensor:
+    def calibrated(self, maps: Tensor, u: Tensor, generator: Generator) -> Tensor:
         """The maps as a calibration finds them: a little wrong, and often zero outside the object."""
         count, coils, *shape = maps.shape
         r = torch.rand(3, count, 1, 1, 1, generator=generator)

@@ -12,8 +12,9 @@ residual g = B(y - A D) in image units,
 equation 12 of the paper with the filtered residual in place of the likelihood's gradient. What x leaves open has the deviation
 c_out(sigma), what the measurements say of it the error n = s_img e^w with a small perceptron w(ln sigma, ln s_img, ln M/N): c_g =
 c_out^2 / (c_out^2 + n^2) is the Wiener gain, c_h = c_out n / sqrt(c_out^2 + n^2) the deviation that is left for the network, both
-octave by octave. A fresh h is a posterior mean already, and the network never has to repeat what the residual says. In the paper's
-epsilon form c_h = sigma and c_g = sigma w: eps_h = -(net + w g). No gradient passes through the prior, in training or in sampling.
+octave by octave. What a pattern leaves open beside its noise, v(...) says: c_h is multiplied by e^v. A fresh h is a posterior mean
+already, and the network never has to repeat what the residual says. In the paper's epsilon form c_h = sigma and c_g = sigma w: eps_h =
+-(net + w g). No gradient passes through the prior, in training or in sampling. Where no coil sees, the image is zero.
 """
 
 import itertools
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 from deft_med.likelihood import Gaussian
 from deft_med.network import Embedding
 from deft_med.octaves import scale_octaves
-from deft_med.prior import Preconditioned, Prior
+from deft_med.prior import Preconditioned, Prior, scalings
 from deft_med.schedule import Denoiser
 
 FORMS = ("wiener", "edm", "epsilon")
+LOST = 0.15  # of an image's deviation, about, that sparse measurements do not see
 
 
 class Weight(nn.Module):
@@ -51,6 +53,29 @@ def wiener(deviation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     return deviation.square() / total, deviation * noise / total.sqrt()
 
 
+class Trust(nn.Module):
+    """Gain c_g of the residual and scale c_h of the network (L, B, C) in the wiener form, from what x leaves open, s_img (B,) and all
+    scalars; w starts at ln 2, v at 0."""
+
+    def __init__(self, octaves: int, scalars: int) -> None:
+        super().__init__()
+        self.w, self.v = Weight(octaves, math.log(2), scalars=scalars), Weight(octaves, 0.0, scalars=scalars)
+
+    def forward(self, open_: Tensor, s_img: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
+        gain, left = wiener(open_, s_img[None, :, None] * self.w(scalars).exp())
+        return gain, left * self.v(scalars).exp()
+
+
+def precision(sigma: Tensor, sd: float, s_img: Tensor) -> Tensor:
+    """1 / (c_h^2 + (LOST c_out)^2), (B,), with c_h of a fresh h: the weight of a posterior denoiser's error in its loss.
+
+    Every noise level and every measurement weighs the same at the start. The prior's weight alone (`prior.weight`) would leave the high
+    noise levels, where the data say nearly all, a tenth of the loss, and spend it where they say nothing.
+    """
+    out = scalings(sigma, sd)[1]
+    return 1 / (wiener(out, 2 * s_img)[1].square() + (LOST * out).square())
+
+
 class HTransform(Preconditioned):
     """The learned part: ``(x, D, g (B, C, H, W), sigma, s_img (B,), log_ratio) -> sigma^2 h (B, C, H, W)``.
 
@@ -64,14 +89,14 @@ class HTransform(Preconditioned):
         if form not in FORMS:
             raise ValueError(f"the h-transform's form is one of {', '.join(FORMS)}, got {form!r}")
         self.form = form
-        self.weight = Weight(len(self.sds), math.log(2), scalars=3) if form == "wiener" else Weight(len(self.sds))
+        self.weight = Trust(len(self.sds), 3) if form == "wiener" else Weight(len(self.sds))
 
     def forward(self, x: Tensor, d: Tensor, g: Tensor, sigma: Tensor, s_img: Tensor, log_ratio: float) -> Tensor:
         _, out, inp = self.scalings(sigma)
         scalars = torch.stack([sigma.log(), s_img.log(), torch.full_like(s_img, log_ratio)], 1)
         unit = self.sd / self.sds[:, None].to(x)
         if self.form == "wiener":
-            gain, left = wiener(out, s_img[None, :, None] * self.weight(scalars).exp())
+            gain, left = self.weight(out, s_img, scalars)
             scale = gain.detach().sqrt() / out  # the residual has the deviation sqrt(c_out^2 + n^2)
         else:
             left = out if self.form == "edm" else sigma[None, :, None].expand_as(out)
@@ -92,10 +117,10 @@ class Deft(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, likelihood: Gaussian, mirror: tuple[int, ...] = ()) -> Tensor:
         with torch.no_grad():
-            d = self.prior(x.flip(mirror), sigma).flip(mirror)
+            d = likelihood.within(self.prior(x.flip(mirror), sigma).flip(mirror))
             g = likelihood.residual(d)
         seen = (image.flip(mirror) for image in (x, d, g))
-        return d + self.h(*seen, sigma, likelihood.s_img, likelihood.log_ratio).flip(mirror)
+        return likelihood.within(d + self.h(*seen, sigma, likelihood.s_img, likelihood.log_ratio).flip(mirror))
 
     def given(self, likelihood: Gaussian, mirrors: Sequence[tuple[int, ...]] = ((),)) -> Denoiser:
         """The posterior denoiser of these measurements; with several ``mirrors`` they take turns from call to call.

@@ -17,11 +17,11 @@ from deft_med.data import Augmentation, Pool, crops, draw_images
 from deft_med.draws import WHOLE, Acquisitions, KSpace, KSpaceRanges, Rays, complex_images
 from deft_med.errors import UsageError
 from deft_med.fit import Recipe, Stage
-from deft_med.htransform import FORMS, Deft, HTransform
+from deft_med.htransform import FORMS, Deft, HTransform, precision
 from deft_med.likelihood import Gaussian
 from deft_med.network import UNet
 from deft_med.prior import Prior, denoising_loss
-from deft_med.schedule import draw, draw_vp, perturb
+from deft_med.schedule import SIGMA_MAX, draw, draw_vp, perturb
 from deft_med.simulate import coil_maps
 
 KINDS = ("prior", "htransform", "supervised", "conditional")
@@ -121,9 +121,11 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
             physics[u.shape[-1]] = _physics(config, u.shape[-1], config.recipe.seed)
         return physics[u.shape[-1]].draw(u, pixel, generator)
 
-    def loss(estimate: Tensor, u: Tensor, sigma: Tensor) -> Tensor:
+    def loss(estimate: Tensor, u: Tensor, sigma: Tensor, s_img: Tensor | None = None) -> Tensor:
         if config.loss == "epsilon":
             return ((estimate - u) / sigma[:, None, None, None]).square().flatten(1).mean(1)
+        if config.form == "wiener" and s_img is not None:
+            return precision(sigma, config.sd, s_img) * (estimate - u).square().flatten(1).mean(1)
         return denoising_loss(estimate, u, sigma, config.sd)
 
     def noised(u: Tensor, generator: Generator, stage: Stage) -> tuple[Tensor, Tensor]:
@@ -144,7 +146,10 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
     if config.kind == "supervised":
         def supervised(generator: Generator, stage: Stage) -> Tensor:
             u, pixel = images(generator, stage)
-            return (model(measured(u, pixel, generator)) - u).square().flatten(1).mean(1) / config.sd**2
+            likelihood = measured(u, pixel, generator)
+            high = torch.full((len(u),), SIGMA_MAX)
+            weight = precision(high, config.sd, likelihood.s_img) if config.form == "wiener" else config.sd**-2
+            return weight * (model(likelihood) - u).square().flatten(1).mean(1)
 
         return model, supervised, _validation(lambda x, sigma, likelihood: model(likelihood), tune, (6,), config)
 
@@ -158,7 +163,7 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
         u, pixel = images(generator, stage)
         likelihood = measured(u, pixel, generator)
         x, sigma = noised(u, generator, stage)
-        return loss(posterior(x, sigma, likelihood), u, sigma)
+        return loss(posterior(x, sigma, likelihood), u, sigma, likelihood.s_img)
 
     return model, conditioned, _validation(posterior, tune, (-5, -3, -2, -1, 0, 2, 6), config)
 
@@ -175,7 +180,8 @@ def _reference(config: Training, u: Tensor, pixel: Tensor) -> Gaussian:
     if isinstance(physics, Rays):
         return physics.measure(u, pixel, [Noise(gaussian_percent=3.5)] * len(u), generator)
     maps = coil_maps(len(u), 8, (u.shape[-1], u.shape[-1]), generator)
-    return physics.measure(u, physics.patterns[0], maps, torch.full((len(u),), 0.02), generator)
+    known = physics.calibrated(maps, u, generator)
+    return physics.measure(u, physics.patterns[0], maps, torch.full((len(u),), 0.05), generator, known)
 
 
 def _validation(estimate: Callable[[Tensor, Tensor, Gaussian | None], Tensor], tune: Pool, octaves: Iterable[int],

@@ -23,6 +23,11 @@ class Likelihood(ABC):
     y: Tensor
     count: int | Tensor
     ratio: float
+    seen: Tensor | None = None  # (B or 1, 1, y, x), False where no measurement can see the image, which is zero there
+
+    def within(self, u: Tensor) -> Tensor:
+        """u (B, C, y, x), zero where no measurement can see it."""
+        return u if self.seen is None else u * self.seen
 
     @property
     @abstractmethod
@@ -76,14 +81,15 @@ class Gaussian(Likelihood):
         inverse: B, the acquisition's approximate inverse for ``forward.operator`` (FBP for CT, A^H W for MRI).
         count: M, real measurements per item; by default all of y that were made.
         ratio: what networks are told of M / N, measurements over pixels; by default just that.
+        seen: where the measurements see the image at all, (B or 1, 1, y, x); it is zero elsewhere. By default everywhere.
 
-    ``s_img`` (B,): the root mean square over pixels of B applied to one fixed draw of the noise, in units of u. It says how noisy
-    a measurement is in the picture, whatever the modality, dose or number of views.
+    ``s_img`` (B,): the root mean square, over the pixels that are seen, of B applied to one fixed draw of the noise, in units of u. It
+    says how noisy a measurement is in the picture, whatever the modality, dose or number of views.
     """
 
     def __init__(self, forward: Affine, y: Tensor, sigma: Tensor, inverse: LinearOperator, *, count: int | Tensor | None = None,
-                 ratio: float | None = None, s_img: Tensor | None = None) -> None:
-        self.forward, self.y, self.inverse = forward, y, inverse
+                 ratio: float | None = None, seen: Tensor | None = None, s_img: Tensor | None = None) -> None:
+        self.forward, self.y, self.inverse, self.seen = forward, y, inverse, seen
         self.sigma = sigma.expand_as(y)
         self.measured = None if bool(sigma.isfinite().all()) else self.sigma.isfinite()
         self.count = self._made() if count is None else count
@@ -106,7 +112,10 @@ class Gaussian(Likelihood):
         blank = torch.zeros((1, *self.y.shape[1:]), dtype=self.y.dtype)
         noise = gaussian(blank, 1.0, generator=Generator().manual_seed(0)).to(self.y)
         picture = self.inverse(self.known(self.sigma * noise)) / self.forward.a
-        return picture.square().flatten(1).mean(1).sqrt().expand(len(self.y))
+        power = picture.square().flatten(1).mean(1)
+        if self.seen is not None:
+            power = power / self.seen.float().flatten(1).mean(1).clamp(min=1 / self.seen[0].numel())
+        return power.sqrt().expand(len(self.y))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -134,10 +143,11 @@ class Gaussian(Likelihood):
 
     def inverted_by(self, inverse: LinearOperator) -> "Gaussian":
         """The same measurements with another approximate inverse."""
-        return Gaussian(self.forward, self.y, self.sigma, inverse, count=self.count, ratio=self.ratio)
+        return Gaussian(self.forward, self.y, self.sigma, inverse, count=self.count, ratio=self.ratio, seen=self.seen)
 
     def take(self, index: Tensor) -> "Gaussian":
         """The likelihood of other items of the batch: repeated ones for several samples of a slice."""
         count = self.count[index] if isinstance(self.count, Tensor) else self.count
+        seen = self.seen if self.seen is None or len(self.seen) == 1 else self.seen[index]
         return Gaussian(self.forward.take(index), self.y[index], self.sigma[index], self.inverse, count=count, ratio=self.ratio,
-                        s_img=self.s_img[index])
+                        seen=seen, s_img=self.s_img[index])

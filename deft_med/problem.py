@@ -183,7 +183,7 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, inverse: str, device: 
     channels, scale = Complex(acquisition.shape), float(scale_of(kspace)) or 1.0
     seen = (maps != 0).any(0)  # where no coil sees, a regulariser alone would fill in the image
     likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ approximate_inverse(physics, inverse),
-                          count=2 * len(maps) * acquisition.samples, ratio=1 / acquisition.acceleration)
+                          count=2 * len(maps) * acquisition.samples, ratio=1 / acquisition.acceleration, seen=seen[None, None])
 
     def zero_filled() -> tuple[Tensor, str]:
         return likelihood.inverted_by(channels.H @ WeightedAdjoint(physics)).direct(), ""

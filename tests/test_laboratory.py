@@ -189,7 +189,7 @@ def test_a_fresh_h_of_the_wiener_form_is_the_posterior_of_white_noise_on_a_white
     _, likelihood, x, sigma = noisy(lab, [0.05, 0.5, 5.0, 80.0])
     likelihood.s_img = torch.full((4,), lab.s, dtype=torch.float64)  # not that of one draw over 64 pixels
     h = HTransform(UNet(3, 1, (8, 8), scalars=3), form="wiener").double()
-    torch.nn.init.zeros_(h.weight.last.bias)
+    torch.nn.init.zeros_(h.weight.w.last.bias)
     deft = Deft(Prior(UNet(1, 1, (8, 8))).double(), h)
     torch.testing.assert_close(deft(x, sigma, likelihood), lab.posterior(likelihood.y)(x, sigma))
     _, left = wiener(scalings(sigma, lab.sd)[1], likelihood.s_img)

@@ -75,6 +75,9 @@ def test_a_fresh_supervised_network_is_the_backprojection_or_its_wiener_filter()
         def direct(self) -> Tensor:
             return noise(2, 2, 16, 16, seed=5)
 
+        def within(self, u: Tensor) -> Tensor:
+            return u
+
     answers = {form: Supervised(UNet(2, 2, (8, 8), scalars=2, dim=16), sd=0.5, octaves=SDS, form=form)(Likelihood())  # type: ignore[arg-type]
                for form in ("edm", "wiener")}
     torch.testing.assert_close(answers["edm"], noise(2, 2, 16, 16, seed=5))
@@ -88,6 +91,9 @@ def test_a_fresh_h_adds_the_residual_in_proportion_to_what_the_prior_may_miss() 
 
         def residual(self, d: Tensor) -> Tensor:
             return noise(2, 2, 16, 16, seed=5)
+
+        def within(self, u: Tensor) -> Tensor:
+            return u
 
     prior = Prior(UNet(2, 2, (8, 8), dim=16), octaves=SDS)
     deft = Deft(prior, HTransform(UNet(6, 2, (8, 8), scalars=3, dim=16), octaves=SDS))
