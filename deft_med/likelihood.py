@@ -11,6 +11,8 @@ from deft_med.intensity import Affine
 from operators.linear import LinearOperator
 from operators.noise import gaussian
 
+FAINTEST = 1e-6  # s_img at the least: networks are told its logarithm
+
 
 class Likelihood(ABC):
     """The words that methods ask of measurements, whatever their physics: `Gaussian` here, others in `deft_med.nonlinear`.
@@ -27,7 +29,7 @@ class Likelihood(ABC):
 
     def within(self, u: Tensor) -> Tensor:
         """u (B, C, y, x), zero where no measurement can see it."""
-        return u if self.seen is None else u * self.seen
+        return u if self.seen is None else torch.where(self.seen, u, 0)
 
     @property
     @abstractmethod
@@ -115,7 +117,7 @@ class Gaussian(Likelihood):
         power = picture.square().flatten(1).mean(1)
         if self.seen is not None:
             power = power / self.seen.float().flatten(1).mean(1).clamp(min=1 / self.seen[0].numel())
-        return power.sqrt().expand(len(self.y))
+        return power.sqrt().clamp(min=FAINTEST).expand(len(self.y))
 
     @property
     def shape(self) -> tuple[int, ...]:

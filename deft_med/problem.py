@@ -96,13 +96,19 @@ def with_known_noise(scan: Scan) -> Scan:
     words = "estimated from the data"
     if scan.modality == "CT":
         return replace(scan, noise=estimate(torch.from_numpy(scan.y)).numpy(), noise_is=words)
-    found = [whiten.level(*_calibration(y, scan)) for y in torch.from_numpy(scan.y)]
-    sigma = np.array([level.sigma for level in found], np.float32) / _gain(scan)
+    measured = scan.y.reshape(len(scan.y), -1).any(1)  # an empty slice has the others' noise
+    if not measured.any():
+        raise UnsupportedError("k-space holds nothing but zeros (expected measurements)")
+    found = [whiten.level(*_calibration(y, scan)) for y in torch.from_numpy(scan.y[measured])]
+    sigma = np.full(len(scan.y), np.mean([level.sigma for level in found]), np.float32)
+    sigma[measured] = [level.sigma for level in found]
+    sigma /= _gain(scan)
     few = False
     if isinstance(scan.acquisition, Trajectory):
         radius = np.linalg.norm(scan.acquisition.points, axis=1)
         outermost = scan.y[..., radius >= np.quantile(radius, 0.9)]
-        sigma = np.minimum(sigma, np.sqrt(np.mean(np.abs(outermost) ** 2, axis=(1, 2)) / 2))
+        outer = np.sqrt(np.mean(np.abs(outermost) ** 2, axis=(1, 2)) / 2)
+        sigma = np.where(measured, np.minimum(sigma, outer), sigma)
         few = scan.y.shape[1] <= 4
     if few or any(level.upper_bound for level in found):
         words += ", as an upper bound: it may count signal"
@@ -181,7 +187,7 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, inverse: str, device: 
     acquisition: Cartesian | Trajectory = scan.acquisition  # type: ignore[assignment]
     physics = encoding(acquisition, maps)
     channels, scale = Complex(acquisition.shape), float(scale_of(kspace)) or 1.0
-    seen = (maps != 0).any(0)  # where no coil sees, a regulariser alone would fill in the image
+    seen = (maps != 0).any(0) & bool(kspace.any())  # where no coil sees, a regulariser alone would fill in the image
     likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ approximate_inverse(physics, inverse),
                           count=2 * len(maps) * acquisition.samples, ratio=1 / acquisition.acceleration, seen=seen[None, None])
 

@@ -8,8 +8,12 @@ import torch
 
 from deft_med.config import KSpaceProtocol, Noise, Protocol, protocol
 from deft_med.crosscheck import cross_check, hold_out
-from deft_med.errors import UsageError
+from deft_med.errors import UnsupportedError, UsageError
+from deft_med.guidance import dds
+from deft_med.htransform import Deft, HTransform
+from deft_med.network import UNet
 from deft_med.pipeline import reconstruct
+from deft_med.prior import Prior
 from deft_med.problem import pose, with_known_noise
 from deft_med.simulate import coil_maps, simulate, slice_generator, smooth_phase
 from deft_med.volume import Scan, Volume
@@ -223,3 +227,21 @@ def test_where_no_coil_sees_classical_methods_leave_the_image_at_zero() -> None:
             u, _ = problem.classical[name]()
         assert not u[..., :10].any(), name
         assert u[..., 10:].any(), name
+
+
+def test_an_empty_slice_stays_empty_and_has_the_noise_of_the_others() -> None:
+    whole = study("poisson", noise_percent=4.0)
+    scan = dataclasses.replace(whole, y=np.concatenate([0 * whole.y, whole.y]), noise=None, reference=None)
+    known = with_known_noise(scan)
+    assert known.noise[0] == known.noise[1] > 0
+    torch.manual_seed(0)
+    prior, h = Prior(UNet(2, 2, (8, 8), dim=16)), HTransform(UNet(6, 2, (8, 8), scalars=3, dim=16), form="wiener")
+    torch.nn.init.normal_(h.network.outlet.weight, std=0.1)
+    likelihood = pose(known).likelihood
+    for sigma in (80.0, 0.1):
+        x = torch.randn(1, 2, 64, 64) * sigma
+        assert not dds(Deft(prior, h).given(likelihood), likelihood, sd=0.2)(x, torch.tensor([sigma])).any()
+    for method in pose(known).classical.values():
+        assert not method()[0].any()
+    with pytest.raises(UnsupportedError, match="nothing but zeros"):
+        with_known_noise(dataclasses.replace(scan, y=0 * scan.y))
