@@ -24,7 +24,7 @@ from deft_med.methods import CLASSICAL, CONSISTENCY, GUIDED, ONLINE, POSTERIOR, 
 from deft_med.network import use_half
 from deft_med.nonlinear import Transmission
 from deft_med.pipeline import SAMPLES, draw_posterior
-from deft_med.problem import FILTER, TV_WEIGHT, Problem, pose, total_variation
+from deft_med.problem import FILTER, Problem, pose
 from deft_med.schedule import Denoiser
 from deft_med.simulate import slice_generator
 from deft_med.volume import Scan
@@ -158,12 +158,7 @@ class Bench:
             return module(self._fed(likelihood, config.filter, config.inverse)), {}
         if entry.name == "fbp":
             return _filtered(likelihood, entry.words[0] if entry.words else FILTER, entry.settings.get("cutoff", 1.0)).direct(), {}
-        if entry.name == "tv" and entry.settings:
-            if not {"fbp", "interpolation"} & problem.classical.keys():
-                raise UsageError("method tv has a weight for CT only: for MR say tv")
-            image, record = total_variation(likelihood, likelihood.direct(), entry.settings.get("weight", TV_WEIGHT))
-            return image, {"converged": record.converged, "gap": float(record.gap.max()), "iterations": record.iterations}
-        image, warning = problem.classical[entry.name]()
+        image, warning = problem.classical[entry.name](**entry.settings)
         return image, {"converged": not warning}
 
     def _draw(self, entry: Entry, likelihood: Any, count: int, steps: int | None = None) -> Tensor:

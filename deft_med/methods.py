@@ -1,10 +1,10 @@
 """Methods by name: what a benchmark's method says, without running it.
 
-A method is NAME[:WORD...][:SETTING=VALUE...]. Without a network fbp:WINDOW:cutoff=C, tv:weight=W and the other classical methods of a
-problem; networks trained on pairs supervised:DIR, conditional:DIR; samplers on the model's prior deft, `guidance.METHODS` and, where
-installed, `peers.PEERS`. Of samplers, conditional ones included, a WORD is a number of samples to average, "sample" for one or, where
-one evaluation at the highest noise level answers, "mean"; they know the setting steps. ``deft+dc`` takes four steps of data
-consistency, ``deft-dc`` none, deft what the card says or ``consistency``; eta, trust and mirrored replace the card's too.
+A method is NAME[:WORD...][:SETTING=VALUE...]. Without a network fbp:WINDOW:cutoff=C, tv, wavelet and cg-sense with weight=W and the
+other classical methods of a problem; networks trained on pairs supervised:DIR, conditional:DIR; samplers on the model's prior deft,
+`guidance.METHODS` and, where installed, `peers.PEERS`. Of samplers, conditional ones included, a WORD is a number of samples to average,
+"sample" for one or, where one evaluation at the highest noise level answers, "mean"; they know the setting steps. ``deft+dc`` takes four
+steps of data consistency, ``deft-dc`` none, deft what the card says or ``consistency``; eta, trust and mirrored replace the card's too.
 deft-online trains its own h on the measurement, in so many ``iterations`` at a ``rate``, and draws one sample.
 """
 
@@ -20,8 +20,8 @@ GUIDED = {**guidance.METHODS, **peers.PEERS}
 CONSISTENCY = {"deft": None, "deft-dc": 0, "deft+dc": 4}
 TRAINED = ("supervised", "conditional")
 POSTERIOR = (*CONSISTENCY, "conditional")  # their samples start around a posterior mean that they share
-CLASSICAL = {"fbp": ("cutoff",), "tv": ("weight",), "zero-filled": (), "cg-sense": (), "wavelet": (), "interpolation": (),
-             "projections": ()}  # fmt: skip
+CLASSICAL = {"fbp": ("cutoff",), "tv": ("weight",), "zero-filled": (), "cg-sense": ("weight",), "wavelet": ("weight",),
+             "interpolation": (), "projections": ()}  # fmt: skip
 ONLINE = {"iterations": 16.0, "rate": 0.1}  # of deft-online
 SLOW = 200  # evaluations of a sample
 
@@ -83,7 +83,7 @@ def parse(text: str) -> Entry:
     words, count = [], None
     for part in filter(None, parts):
         key, is_setting, value = part.partition("=")
-        if not is_setting and name in ("fbp", "tv") and _number(part) is not None:
+        if not is_setting and CLASSICAL.get(name) and _number(part) is not None:
             key, is_setting, value = next(iter(known)), "=", part  # tv:3 and fbp:hann:0.7
         if is_setting:
             if key not in known or _number(value) is None:

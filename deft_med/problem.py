@@ -45,7 +45,7 @@ CALIBRATION = (24, 24)  # centre of a gridded k-space that coil maps are taken f
 SUPPORT = 0.8  # eigenvalue above which ESPIRiT sees the object; at 0.95 edges are lost and chi2 of the best image doubles
 ITERATIONS, MR_ITERATIONS = 1500, 300
 
-Classical = Callable[[], tuple[Tensor, str]]  # -> u (1, C, ny, nx), and a warning or nothing
+Classical = Callable[..., tuple[Tensor, str]]  # (weight=, where a method has one) -> u (1, C, ny, nx), and a warning or nothing
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,10 @@ def _ct(scan: Scan, index: int, y: Tensor, noise: Tensor, window: Window, filter
     def fbp() -> tuple[Tensor, str]:
         return lines.inverted_by(FilteredBackprojection(operator, window=FILTER)).direct(), ""
 
-    return Problem(likelihood, {"fbp": fbp, "tv": lambda: _told(*total_variation(lines, fbp()[0]))}, ("fbp",),
+    def variation(weight: float = TV_WEIGHT) -> tuple[Tensor, str]:
+        return _told(*total_variation(lines, fbp()[0], weight))
+
+    return Problem(likelihood, {"fbp": fbp, "tv": variation}, ("fbp",),
                    lambda u: window.restore(u)[:, 0].cpu().numpy(),
                    lambda acquisition, u: window.fold(encode(scan.grid, acquisition, device), mu_water=mu)(u)[:, 0],
                    lambda noise: unresolved(noise, max(scan.grid.spacing)),
@@ -157,7 +160,10 @@ def _slices(scan: Scan, y: Tensor, noise: Tensor, window: Window, device: str | 
     def interpolated() -> tuple[Tensor, str]:
         return likelihood.direct(), ""
 
-    return Problem(likelihood, {"interpolation": interpolated, "tv": lambda: _told(*total_variation(likelihood, interpolated()[0]))},
+    def variation(weight: float = TV_WEIGHT) -> tuple[Tensor, str]:
+        return _told(*total_variation(likelihood, interpolated()[0], weight))
+
+    return Problem(likelihood, {"interpolation": interpolated, "tv": variation},
                    ("interpolation",), lambda u: window.restore(u)[:, 0].cpu().numpy(),
                    lambda acquisition, u: SliceMean(acquisition).to(device)(window.restore(u))[:, 0], lambda noise: noise,
                    image=lambda hu: window.normalise(torch.from_numpy(hu)[None, None]).to(device))
@@ -194,12 +200,12 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, inverse: str, device: 
     def zero_filled() -> tuple[Tensor, str]:
         return likelihood.inverted_by(channels.H @ WeightedAdjoint(physics)).direct(), ""
 
-    def sense() -> tuple[Tensor, str]:
-        return channels.H(cg_sense(physics * scale, y, SENSE * level**2, iterations=50)), ""
+    def sense(weight: float = SENSE) -> tuple[Tensor, str]:
+        return channels.H(cg_sense(physics * scale, y, weight * level**2, iterations=50)), ""
 
     def sparse(method: Callable[..., tuple[Tensor, Record]], name: str) -> Callable[[], tuple[Tensor, str]]:
-        def answer() -> tuple[Tensor, str]:
-            image, record = method(physics * scale, y, SPARSE[name] * scale / level, sigma=noise, max_iterations=MR_ITERATIONS)
+        def answer(weight: float = SPARSE[name]) -> tuple[Tensor, str]:
+            image, record = method(physics * scale, y, weight * scale / level, sigma=noise, max_iterations=MR_ITERATIONS)
             return _told(channels.H(image * seen), record)
 
         return answer

@@ -5,27 +5,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deft_med.errors import UsageError
-from deft_med.methods import CLASSICAL, Entry, parse
+from deft_med.methods import Entry, parse
 
 PER_STEP = {"dps": ("zeta",)}  # settings that move the image once a step: h stays what it is where they go with 1 / steps
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is tried, as configs/benchmark.yaml says it: by method, up to ``budget`` settings.
+    """What is tried, as configs/benchmark.yaml says it: by method, up to ``budget`` settings; ``mr`` in the place of ``grids`` where a
+    setting means something else there.
 
     Tuning takes ``slices`` of each tune subject. Slow methods have one slice of ``slow_subjects`` subjects, in tuning and in the report,
     and ``slow_steps`` evaluations at most while they are tuned.
     """
 
     grids: dict[str, tuple[dict[str, float], ...]] = field(default_factory=dict)
+    mr: dict[str, tuple[dict[str, float], ...]] = field(default_factory=dict)
     budget: int = 8
     slices: int = 1
     slow_subjects: int = 6
     slow_steps: int = 200
 
     def __post_init__(self) -> None:
-        if long := [name for name, grid in self.grids.items() if not 0 < len(grid) <= self.budget]:
+        if long := [name for name, grid in [*self.grids.items(), *self.mr.items()] if not 0 < len(grid) <= self.budget]:
             raise UsageError(f"the same budget for all: {', '.join(long)} must have 1 to {self.budget} settings to try")
         if min(self.slices, self.slow_subjects, self.slow_steps - 1) < 1:
             raise UsageError("slices and slow_subjects are 1 or more, slow_steps 2 or more")
@@ -34,12 +36,12 @@ class Plan:
 def candidates(method: str, plan: Plan, modality: str = "CT") -> dict[str, dict[str, float]]:
     """Methods to try in place of one, each with its settings; none where nothing is to be tuned, or where the method names a setting.
 
-    All draw one sample; slow ones in ``slow_steps`` evaluations at most. The classical methods of MR have no settings.
+    All draw one sample; slow ones in ``slow_steps`` evaluations at most.
     """
     entry = parse(method)
-    grid = plan.grids.get(entry.name, ())
+    grid = (plan.mr if modality == "MR" else {}).get(entry.name, plan.grids.get(entry.name, ()))
     said = any(key in entry.settings for settings in grid for key in settings)
-    if said or entry.count == 0 or (entry.name in CLASSICAL and modality != "CT"):
+    if said or entry.count == 0:
         return {}
     fewer = {"steps": float(_steps(entry, plan))} if entry.slow else {}
     return {entry.like(1 if entry.samples else None, {**fewer, **settings}): settings for settings in grid}

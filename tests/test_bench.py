@@ -125,7 +125,7 @@ def test_every_classical_method_has_a_name_here() -> None:
 
 @pytest.mark.parametrize(("text", "words"), [
     ("magic", "unknown method 'magic'"), ("supervised", "wants the folder"), ("dps:zebra=1", "no setting 'zebra=1'"),
-    ("deft:0", "'0' is no number of samples"), ("dds:mean", "'mean' is no number of samples"), ("wavelet:3", "knows no '3'"),
+    ("deft:0", "'0' is no number of samples"), ("dds:mean", "'mean' is no number of samples"), ("zero-filled:3", "knows no '3'"),
     ("deft:steps=1", "wants 2 steps or more"), ("deft-online:mean", "no mean in one evaluation"),
     ("deft-online:8", "trains for one sample"), ("deft-online:iterations=0", "1 iteration or more"), ("fbp:cutoff=x", "each a number")])
 def test_what_no_method_says(text: str, words: str) -> None:
@@ -157,7 +157,8 @@ def test_the_budget_is_the_same_for_all() -> None:
         assert all(parse(text).steps <= 200 for text in tried)
     for fixed in ("deft", "deft:mean", "deft-online", "dps:zeta=1", "supervised:x"):
         assert not candidates(fixed, plan)
-    assert not candidates("tv", plan, "MR")
+    assert set(plan.mr) == {"tv", "wavelet", "cg-sense"} and all(len(grid) == 8 for grid in plan.mr.values())
+    assert list(candidates("tv", plan, "MR"))[0] == "tv:weight=0.07" and not candidates("wavelet:0.3", plan, "MR")
     with pytest.raises(UsageError, match="the same budget for all: dds must have 1 to 2"):
         Plan(grids={"dds": ({"sd": 1.0},) * 3}, budget=2)
 

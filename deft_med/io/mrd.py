@@ -88,6 +88,8 @@ def _first(readouts: Readouts) -> NDArray[np.int64]:
         readouts.notes.append("the readouts do not say where k = 0 is: taken for their middle")
     rows = height // 2 - centre + picked["discard_pre"]
     last = height // 2 - centre + samples - picked["discard_post"]
+    if header.centre is None:
+        readouts.notes.append("the header does not say which line is k = 0: taken for the middle one")
     columns = picked["idx"]["kspace_encode_step_1"].astype(np.int64)
     columns = columns + (width // 2 - header.centre if header.centre is not None else 0)
     if (rows < 0).any() or (last > height).any() or (last <= rows).any() or (columns < 0).any() or (columns >= width).any():
