@@ -16,6 +16,7 @@ from operators.coils import LARGEST, calibration_region
 from operators.geometry import Cartesian, ThickSlices, Trajectory
 
 SHARE = 0.05
+FEW = 8  # views or lines: with fewer held out, chance decides which method predicts them best
 
 
 def hold_out(scan: Scan, share: float = SHARE, seed: int = 0) -> tuple[Scan, Scan]:
@@ -52,7 +53,8 @@ def cross_check(scan: Scan, model: Model | None, methods: Sequence[str], *, shar
     """How well each method predicts held-out measurements from the others, over all slices.
 
     ``error``: RMS of predicted minus measured over RMS of measured; ``sigmas``: the same RMS in standard deviations of the noise,
-    1 where nothing but noise is left. Returns {"share", "methods": {name: {"error", "sigmas"}}}.
+    1 where nothing but noise is left. Returns {"share", "units": how many views, lines or points were held out of a slice, "methods":
+    {name: {"error", "sigmas"}}}.
     """
     kept, held = hold_out(with_known_noise(scan), share, seed)
     noise = np.broadcast_to(held.noise, held.y.shape)  # type: ignore[arg-type]
@@ -69,7 +71,17 @@ def cross_check(scan: Scan, model: Model | None, methods: Sequence[str], *, shar
             found = [float(left.square().sum()), float(measured.abs()[there].square().sum()),
                      float((left / sigma.expand(measured.shape)[there]).square().sum()), parts * int(there.sum())]
             sums[method] = [a + b for a, b in zip(sums.get(method, [0.0] * 4), found, strict=True)]
-    return {"share": share, "methods": {name: {"error": (a / b) ** 0.5, "sigmas": (c / n) ** 0.5} for name, (a, b, c, n) in sums.items()}}
+    found = {name: {"error": (a / b) ** 0.5, "sigmas": (c / n) ** 0.5} for name, (a, b, c, n) in sums.items()}
+    return {"share": share, "units": units(held), "methods": found}
+
+
+def units(scan: Scan) -> int:
+    """How many things a scan's measurements are made of that do not know each other: views, lines of k-space, or points."""
+    acquisition = scan.acquisition
+    if isinstance(acquisition, Cartesian):
+        lines = acquisition.mask.any(1), acquisition.mask.any(0)
+        return int(acquisition.samples if (acquisition.mask != np.outer(*lines)).any() else min(line.sum() for line in lines))
+    return int(acquisition.samples) if isinstance(acquisition, Trajectory) else len(acquisition.angles)  # type: ignore[union-attr]
 
 
 def _of_mask(mask: np.ndarray, share: float, generator: torch.Generator) -> np.ndarray:

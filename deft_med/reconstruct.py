@@ -165,13 +165,17 @@ def run(arguments: argparse.Namespace) -> None:
     for warning in result.warnings:
         say(warning)
     if arguments.cross_check:
-        from deft_med.crosscheck import cross_check
+        from deft_med.crosscheck import FEW, cross_check
 
         methods = list(dict.fromkeys([*result.beside, arguments.method]))
         try:
             checked = cross_check(scan, model, methods, steps=result.steps, samples=result.samples, seed=arguments.seed,
                                   device=result.provenance["device"])
             result = dataclasses.replace(result, cross_check=checked)
+            if checked["units"] < FEW:
+                words = f"the cross-check holds out {checked['units']} views or lines of a slice: which method is ahead may be chance"
+                say(words)
+                result = dataclasses.replace(result, warnings=(*result.warnings, words))
         except ValueError as error:  # too little to hold out: the reconstruction stands
             say(f"no cross-check: {error}")
             result = dataclasses.replace(result, warnings=(*result.warnings, f"no cross-check: {error}"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deft_med.config import KSpaceProtocol, Noise, Protocol, protocol
-from deft_med.crosscheck import cross_check, hold_out
+from deft_med.crosscheck import cross_check, hold_out, units
 from deft_med.errors import UnsupportedError, UsageError
 from deft_med.guidance import dds
 from deft_med.htransform import Deft, HTransform
@@ -106,6 +106,7 @@ def test_held_out_measurements_are_measurements_and_the_centre_stays() -> None:
         assert not (kept.acquisition.mask & held.acquisition.mask).any()
         assert 0 < held.acquisition.samples <= 0.12 * scan.acquisition.samples
         assert kept.acquisition.mask[31:33, 31:33].all()
+    assert units(hold_out(study())[1]) == 1 and units(hold_out(study("poisson"))[1]) > 20
 
 
 def test_ct_is_held_out_view_by_view() -> None:
@@ -115,7 +116,7 @@ def test_ct_is_held_out_view_by_view() -> None:
     kept, held = hold_out(scan)
     assert (len(kept.acquisition.angles), len(held.acquisition.angles)) == (38, 2)
     checked = cross_check(scan, None, ["fbp", "tv"])
-    assert checked["methods"]["tv"]["sigmas"] == pytest.approx(1, abs=0.35)
+    assert checked["units"] == 2 and checked["methods"]["tv"]["sigmas"] == pytest.approx(1, abs=0.35)
     assert checked["methods"]["tv"]["error"] < checked["methods"]["fbp"]["error"]
 
 
