@@ -68,9 +68,9 @@ def cross_check(scan: Scan, model: Model | None, methods: Sequence[str], *, shar
                 drawn, _ = solve(problem, method, model, steps=steps, samples=samples, seed=seed, index=index)
                 left = (problem.predict(held.acquisition, drawn.mean(1))[0].cpu() - measured).abs()[there]
             parts = 2 if measured.is_complex() else 1
-            found = [float(left.square().sum()), float(measured.abs()[there].square().sum()),
-                     float((left / sigma.expand(measured.shape)[there]).square().sum()), parts * int(there.sum())]
-            sums[method] = [a + b for a, b in zip(sums.get(method, [0.0] * 4), found, strict=True)]
+            of = [float(left.square().sum()), float(measured.abs()[there].square().sum()),
+                  float((left / sigma.expand(measured.shape)[there]).square().sum()), parts * int(there.sum())]
+            sums[method] = [a + b for a, b in zip(sums.get(method, [0.0] * 4), of, strict=True)]
     found = {name: {"error": (a / b) ** 0.5, "sigmas": (c / n) ** 0.5} for name, (a, b, c, n) in sums.items()}
     return {"share": share, "units": units(held), "methods": found}
 

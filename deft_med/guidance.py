@@ -74,8 +74,7 @@ class _Curvature(LinearOperator):
         self.likelihood, self.r2 = likelihood, r2
 
     def _forward(self, x: Tensor) -> Tensor:
-        y = self.likelihood.forward.linear(x) / self.likelihood.sigma.to(x) ** 2
-        return self.likelihood.forward.adjoint(y) + x / self.r2
+        return self.likelihood.curvature(x) + x / self.r2
 
     def _adjoint(self, y: Tensor) -> Tensor:
         return self._forward(y)

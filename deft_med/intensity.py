@@ -1,5 +1,6 @@
 """Window: the two numbers between a picture's unit and what the networks see; linear, never clips, folded into the operator once."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from operators.linear import LinearOperator
 class Affine:
     """u -> A(a u + b): a linear operator behind a window. The data stay as they are, so it is right for every likelihood.
 
-    ``a`` and ``b`` are numbers or tensors (B, 1, 1, 1), one per item. ``linear(u)`` is A(a u), ``adjoint(y)`` its adjoint a A^H y.
+    ``a`` and ``b`` are numbers or tensors (B, 1, 1, 1), one per item. ``linear(u)`` is A(a u), ``adjoint(y)`` its adjoint a A^H y, ``gram``
+    one after the other.
     """
 
     def __init__(self, operator: LinearOperator, a: float | Tensor, b: float | Tensor) -> None:
@@ -27,6 +29,13 @@ class Affine:
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self.a * self.operator.H(y)
+
+    def gram(self, u: Tensor) -> Tensor:
+        return self.a * self._gram(self.a * u)
+
+    @functools.cached_property
+    def _gram(self) -> LinearOperator:
+        return self.operator.gram
 
     def take(self, index: Tensor) -> "Affine":
         """The same operator for other items of the batch."""

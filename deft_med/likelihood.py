@@ -133,6 +133,17 @@ class Gaussian(Likelihood):
         """grad_u ln p(y | u) = A^H (y - A u) / sigma^2."""
         return self.forward.adjoint((self.y - self.forward(u)) / self.sigma**2)
 
+    def curvature(self, u: Tensor) -> Tensor:
+        """A^H W A u, the Hessian of misfit / 2, W = 1 / sigma^2: by what A knows of its gram where sigma is one for all of an item."""
+        if self._level is None:
+            return self.forward.adjoint(self.forward.linear(u) / self.sigma.to(u) ** 2)
+        return self.forward.gram(u) / self._level.to(u).reshape(-1, *[1] * (u.ndim - 1)) ** 2
+
+    @cached_property
+    def _level(self) -> Tensor | None:
+        first = self.sigma.flatten(1)[:, :1]
+        return first[:, 0] if bool((self.sigma.flatten(1) == first).all()) else None
+
     def misfit(self, u: Tensor) -> Tensor:
         """|W^1/2 (y - A u)|^2 per item (B,), with W = 1 / sigma^2."""
         return ((self.y - self.forward(u)).abs() / self.sigma).square().flatten(1).sum(1)

@@ -105,6 +105,10 @@ class Pointwise(Likelihood):
         with torch.no_grad():
             return self.forward.adjoint(-0.5 * self.terms(self.forward(u))[1])
 
+    def curvature(self, u: Tensor) -> Tensor:
+        """A^H A u / sigma^2: the Hessian of misfit / 2 without what bends the measurements, as Gauss and Newton take it."""
+        return self.forward.adjoint(self.forward.linear(u) / self.sigma.to(u) ** 2)
+
 
 class Transmission(Pointwise):
     """Photon counts n ~ Poisson(I0 exp(-p)) + electronic e N(0, 1), cut off at a ceiling, of line integrals p = A u.

@@ -278,7 +278,7 @@ class _Pulled:
 
     def __init__(self, likelihood: Transmission, centre: torch.Tensor, r2: float) -> None:
         self.likelihood, self.centre, self.r2 = likelihood, centre, r2
-        self.forward, self.sigma = likelihood.forward, likelihood.sigma
+        self.forward, self.curvature = likelihood.forward, likelihood.curvature
 
     def score(self, u: torch.Tensor) -> torch.Tensor:
         return self.likelihood.score(u) - (u - self.centre) / self.r2
@@ -385,3 +385,19 @@ def test_methods_by_gradient_take_any_model(lab: Laboratory, name: str) -> None:
     likelihood = detector(lab, x0, inverse=False)
     found = sample_with(name, lab.prior, likelihood, generators=[generator(1)], steps=STEPS[name])
     assert float(likelihood.misfit(found)) < 0.5 * float(likelihood.misfit(torch.full_like(x0, lab.mean)))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_curvature_is_the_hessian_of_half_the_misfit(alike: bool) -> None:
+    """By the gram where the noise is one for an item, by A and its adjoint elsewhere: the same thing."""
+    lab = Laboratory.ct(n=12, views=9)
+    x0 = lab.draw(2, torch.Generator().manual_seed(0))
+    y = lab.operator(x0)
+    sigma = torch.tensor([0.3, 0.7], dtype=y.dtype).reshape(2, 1, 1, 1).expand(y.shape)
+    if not alike:
+        sigma = sigma * (1 + torch.rand(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1)))
+    likelihood = Gaussian(Affine(lab.operator, 1.7, 0.2), y, sigma, lab.inverse)
+    u, v = torch.randn(2, *x0.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2))
+    _, hessian = torch.autograd.functional.hvp(lambda u: 0.5 * likelihood.misfit(u).sum(), u, v)
+    torch.testing.assert_close(likelihood.curvature(v), hessian)
+    assert (likelihood._level is not None) == alike
