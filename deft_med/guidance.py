@@ -296,7 +296,7 @@ def sample_with(name: str, denoiser: Denoiser, likelihood: Data, *, generators: 
         return torch.cat([sample_with(name, denoiser, likelihood, generators=[g], steps=steps, sigma_max=sigma_max, sigma_min=sigma_min,
                                       callback=callback, **settings) for g in generators])
     levels = method.levels(method.steps if steps is None else steps, low=sigma_min, high=sigma_max)
-    made, walk = ({key: settings.get(key, value) for key, value in table.items()} for table in (method.settings, method.walk))
+    made, walk = ({key: type(value)(settings.get(key, value)) for key, value in table.items()} for table in (method.settings, method.walk))
     y, run = likelihood.y, {"generators": generators, "callback": callback}
     with torch.no_grad():
         x = start((len(y), *likelihood.shape), float(levels[0]), generators, device=y.device, dtype=y.real.dtype)
