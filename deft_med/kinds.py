@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
+from deft_med import bundle
 from deft_med.amortised import Conditional, Supervised
 from deft_med.config import Noise, load
 from deft_med.data import Augmentation, Pool, crops, draw_images
@@ -57,8 +58,8 @@ class Training:
     augmentation: Augmentation = field(default_factory=Augmentation)
     acquisitions: Acquisitions = field(default_factory=Acquisitions)
     kspace: KSpaceRanges = field(default_factory=KSpaceRanges)
-    prior: str | None = None  # folder of the prior's training, for kind htransform
-    start: str | None = None  # folder of a training of the same network whose weights this one goes on from
+    prior: str | None = None  # for kind htransform: folder of the prior's training, or a bundle (the name of one that ships, its folder)
+    start: str | None = None  # the same, of a training of the same network whose weights this one goes on from
     loss: str = "edm"  # or epsilon: the paper's uniform t and unweighted eps
     form: str = ""  # of an h-transform or a supervised network: wiener, or by default that of the loss
     noisy: float = 0.0  # share of draws moved to the last decade of sigma
@@ -214,20 +215,34 @@ def _validation(estimate: Callable[[Tensor, Tensor, Gaussian | None], Tensor], t
 
 
 def _started(config: Training) -> nn.Module:
-    """The module with the weights of an earlier training; UsageError when that was another network."""
-    earlier, module = trained(str(config.start))
-    if (earlier.kind, earlier.network) != (config.kind, config.network):
-        raise UsageError(f"start names a training of kind {earlier.kind} with {earlier.network}: "
-                         f"this one is {config.kind}, {config.network}")
+    """The module with the weights of an earlier training or bundle; UsageError when that was another network."""
+    earlier, module = trained(str(config.start), config.kind)
+    for name in ("kind", "network", "sd", "octaves", "form"):
+        if (was := getattr(earlier, name)) != (now := getattr(config, name)):
+            raise UsageError(f"start names a training of {name} {was!r}: this one says {now!r}")
     return module.train()
 
 
-def trained(folder: str | Path) -> tuple[Training, Any]:
-    """Configuration and module of a training's folder, with the weights that validated best."""
+def trained(folder: str | Path, kind: str = "prior") -> tuple[Training, Any]:
+    """Configuration and module of a training's folder, with the weights that validated best; or ``kind``, prior or htransform, of a
+    bundle: the name of one that ships, or its folder."""
     path = Path(folder)
-    if not (path / "best.safetensors").is_file():
-        raise UsageError(f"no training of that name (expected config.yaml and best.safetensors): train {path.name} first")
-    config = load(path / "config.yaml", Training)
-    module = bare(config)
-    module.load_state_dict(load_file(path / "best.safetensors"), strict=True)
-    return config, module.eval()
+    if (path / "best.safetensors").is_file():
+        config = load(path / "config.yaml", Training)
+        module = bare(config)
+        module.load_state_dict(load_file(path / "best.safetensors"), strict=True)
+        return config, module.eval()
+    if kind in ("prior", "htransform") and (str(folder) in bundle.available() or (path / "card.json").is_file()):
+        return _bundled(str(folder), kind)
+    raise UsageError(f"no training of that name (expected config.yaml and best.safetensors, or a bundle): train {path.name} first")
+
+
+def _bundled(name: str, kind: str) -> tuple[Training, Any]:
+    model = bundle.load_model(name)
+    card = model.card
+    shape, module = (card.prior, model.deft.prior) if kind == "prior" else (card.h, model.deft.h)
+    config = Training(kind=kind, network=Network(shape.widths, shape.dim, shape.blocks), recipe=Recipe(stages=()), modality=card.modality,
+                      prior=name if kind == "htransform" else None, sd=card.sigma_data, octaves=card.octaves,
+                      form=card.h.form if kind == "htransform" and card.h.form == "wiener" else "",
+                      filter=card.h.residual.get("window", "shepp-logan"), inverse=card.h.residual.get("inverse", "sense"))
+    return config, module.requires_grad_(True)

@@ -1,5 +1,6 @@
 """Training: exact resume, the four kinds, fresh measurements, the paper's loss."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Generator, nn
 
+from deft_med import bundle
 from deft_med.config import Noise, build, load
 from deft_med.data import Augmentation, Pool, _sharpened, draw_images
 from deft_med.draws import Acquisitions, Rays
 from deft_med.errors import UsageError
 from deft_med.fit import Recipe, Stage, fit, step_generator
-from deft_med.kinds import KINDS, Network, Training, assemble
+from deft_med.kinds import KINDS, Network, Training, _started, assemble, trained
 from deft_med.prior import Prior
 from deft_med.schedule import draw, draw_vp
 from deft_med.subjects import _planes
@@ -147,6 +149,24 @@ def test_shipped_configurations_load() -> None:
         build({"kind": "prior", "network": {"widths": [8]}, "recipe": {"stages": [], "colour": 1}}, Training)
     with pytest.raises(UsageError, match="missing key steps"):
         build({"kind": "prior", "network": {"widths": [8]}, "recipe": {"stages": [{"size": 8, "batch": 1}]}}, Training)
+
+
+@pytest.mark.parametrize("name", ["ct", "mri"])
+@pytest.mark.parametrize("kind", ["prior", "htransform"])
+def test_a_training_goes_on_from_what_ships(name: str, kind: str) -> None:
+    """An h of one's own on the shipped prior, or either network trained on."""
+    config, module = trained(name, kind)
+    shipped = bundle.load_model(name)
+    assert (config.kind, config.modality, config.octaves) == (kind, shipped.card.modality, shipped.card.octaves)
+    weights = (shipped.deft.prior if kind == "prior" else shipped.deft.h).state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in module.state_dict().items())
+    assert all(p.requires_grad for p in module.parameters())
+    again = _started(dataclasses.replace(config, start=name))
+    assert again.training and isinstance(again, type(module))
+    with pytest.raises(UsageError, match="start names a training of network"):
+        _started(dataclasses.replace(config, start=name, network=Network((8, 8))))
+    with pytest.raises(UsageError, match="no training of that name .* or a bundle"):
+        trained(name, "supervised")
 
 
 def test_measurements_are_fresh_and_as_noisy_as_they_say(pool: Pool) -> None:

@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "subjects": FOUNDATION | {"io", "data"},
     "study": FOUNDATION | {"io"},
     "draws": INFERENCE | {"simulate", "config"},
-    "kinds": INFERENCE | {"amortised", "draws", "simulate", "data", "config", "fit"},
+    "kinds": INFERENCE | {"amortised", "draws", "simulate", "data", "config", "fit", "bundle"},
     "problem": INFERENCE | {"simulate"},
     "lesions": EDGES | {"problem", "study"},
     "trust": {"card", "metrics", "volume"},
