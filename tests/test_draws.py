@@ -54,7 +54,8 @@ def test_the_truth_fits_its_k_space(coils: int, radial: float) -> None:
     assert likelihood.chi2(u).tolist() == pytest.approx([1, 1], abs=4 * (2 / likelihood.count) ** 0.5)
     assert likelihood.residual(u).shape == u.shape
     assert (likelihood.s_img > 0).all()
-    noise = likelihood.residual(u).square().flatten(1).mean(1).sqrt()
+    seen = torch.ones(()) if likelihood.seen is None else likelihood.seen.float().flatten(1).mean(1)
+    noise = (likelihood.residual(u).square().flatten(1).mean(1) / seen).sqrt()
     assert noise.tolist() == pytest.approx(likelihood.s_img.tolist(), rel=0.25)
 
 
