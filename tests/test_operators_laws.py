@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -212,11 +213,13 @@ def test_the_matrix_is_checked():
 
 
 def test_an_image_does_not_depend_on_its_batch():
+    """To rounding: on some CPUs the sparse product takes another kernel for eight columns than for fewer."""
+    alike = functools.partial(torch.testing.assert_close, rtol=2e-6, atol=1e-5)
     operator = RayTransform(GRID, FAN)
     x = torch.rand(13, *GRID.shape)
     y = operator(x)
     back = operator.H(y)
     for k in (0, 5, 12):
-        assert torch.equal(operator(x[k]), y[k])
-        assert torch.equal(operator.H(y[k]), back[k])
-        assert torch.equal(operator(x[k : k + 3])[0], y[k])
+        alike(operator(x[k]), y[k])
+        alike(operator.H(y[k]), back[k])
+        alike(operator(x[k : k + 3])[0], y[k])
