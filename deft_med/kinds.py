@@ -148,7 +148,7 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
         def supervised(generator: Generator, stage: Stage) -> Tensor:
             u, pixel = images(generator, stage)
             likelihood = measured(u, pixel, generator)
-            high = torch.full((len(u),), SIGMA_MAX)
+            high = likelihood.s_img.new_full((len(u),), SIGMA_MAX)  # nothing but the data says anything
             weight = precision(high, config.sd, likelihood.s_img) if config.form == "wiener" else config.sd**-2
             return weight * (model(likelihood) - u).square().flatten(1).mean(1)
 
