@@ -93,10 +93,10 @@ class Rays:
 @dataclass(frozen=True)
 class KSpaceRanges:
     """Ranges that k-space is drawn from. Acceleration is log-uniform, noise (in units of the image's own scale) too. Patterns are drawn
-    once, ``patterns`` of them: a share ``focus`` equispaced lines at 4, the default protocol's, a share ``radial`` spokes, the others
-    lines (equispaced or random) and Poisson discs. Coil maps are known up to a smooth relative error as calibration leaves it,
-    ``map_error`` (log-uniform), and in a share ``cropped`` of the draws only where the object is. Of a share ``narrowed`` of the Cartesian
-    patterns one edge of k-space was not measured (partial Fourier), or both (zero padding)."""
+    once, ``patterns`` of them: a share ``focus`` equispaced lines at 4, the default protocol's, a share ``radial`` spokes, of the others
+    a share ``poisson`` Poisson discs and the rest lines (equispaced or random). Coil maps are known up to a smooth relative error as
+    calibration leaves it, ``map_error`` (log-uniform), and in a share ``cropped`` of the draws only where the object is. Of a share
+    ``narrowed`` of the Cartesian patterns one edge of k-space was not measured (partial Fourier), or both (zero padding)."""
 
     acceleration: tuple[float, float] = (2.0, 10.0)
     coils: tuple[int, ...] = (1, 4, 8, 16)
@@ -107,6 +107,7 @@ class KSpaceRanges:
     radial: float = 0.08
     cropped: float = 0.5
     narrowed: float = 0.0
+    poisson: float = 1 / 3
 
 
 class KSpace:
@@ -126,7 +127,7 @@ class KSpace:
         if number >= spokes:  # few of them: evenly over the range
             acceleration = _between(self.ranges.acceleration, (number - spokes + r[0]) / (self.ranges.patterns - spokes))
             return patterns.radial(shape, math.ceil(math.pi / 2 * self.size / acceleration), golden=r[1] < 0.5, start=2 * math.pi * r[2])
-        if number % 3 == 0:
+        if round(number * self.ranges.poisson, 6) // 1 > round((number - 1) * self.ranges.poisson, 6) // 1:
             side = max(8, round(24 * self.size / WHOLE * (0.5 + r[1])))
             return self._narrowed(patterns.poisson_disc(shape, acceleration, calibration=(side, side), generator=generator), generator)
         lines = patterns.equispaced if number % 3 == 1 else patterns.random

@@ -86,3 +86,10 @@ def test_patterns_are_repeatable_and_spread_over_the_range() -> None:
     accelerations = [pattern.acceleration for pattern in physics.patterns]
     assert max(accelerations) > 4
     assert min(accelerations) < 4
+
+
+@pytest.mark.parametrize(("share", "discs"), [(1 / 3, 8), (0.5, 12), (0.0, 0), (1.0, 24)])
+def test_a_share_of_the_patterns_are_poisson_discs(share: float, discs: int) -> None:
+    physics = KSpace(64, KSpaceRanges(patterns=24, focus=0.0, radial=0.0, poisson=share))
+    masks = [pattern.mask for pattern in physics.patterns]
+    assert sum(not (mask == mask[:1]).all() and not (mask == mask[:, :1]).all() for mask in masks) == discs

@@ -46,7 +46,7 @@ def test_fastmri(tmp_path: Path) -> None:
     np.testing.assert_allclose(scan.reference.data, rss, atol=1e-4)
     assert source.describe() == (
         "k-space (fastMRI), 2 slices, 3 coils, matrix 24 x 20, picture 24 x 16, 1-fold accelerated, 1.5 x 1.5 mm, "
-        "place in the patient unknown"
+        "place in the patient unknown; no usable encoding limits in the header: zero-padding known from zero columns only"
     )
 
 
@@ -54,8 +54,10 @@ def test_zero_padded_columns_are_no_samples(tmp_path: Path) -> None:
     padded = KSPACE.copy()
     padded[..., :3] = padded[..., 17:] = 0
     limits = mr_header(centre=7, last=13)  # columns 3 to 16
-    for header in (limits, mr_header()):  # by the header, and by the zeros
-        scan = scan_of(read(fastmri(tmp_path, kspace=padded, ismrmrd_header=header)))
+    for header in (limits, mr_header()):  # by the header, and by the zeros, which is said
+        source = read(fastmri(tmp_path, kspace=padded, ismrmrd_header=header))
+        scan = scan_of(source)
+        assert ("zero columns only" in source.describe()) == (header is not limits)
         assert scan.acquisition.mask.all(0).tolist() == [3 <= k < 17 for k in range(20)]
         assert scan.acquisition.mask.any(0).sum() == 14 and not scan.y[..., :3].any()
     # what lies beyond the limits is no sample, whatever it holds

@@ -41,12 +41,15 @@ def read(file: h5py.File, *, digest: str, max_bytes: int) -> Source:
     coils = raw.shape[1] if raw.ndim == 4 else 1
     notes: list[str] = []
     header = encoding.parse(hdf5.header(file, "ismrmrd_header", max_bytes)) if "ismrmrd_header" in file else None
-    stated = _columns(file, header, width, max_bytes)
+    limits = _limits(header, width)
+    stated = _columns(file, limits, width, max_bytes)
     rows = next(filter(np.any, (_rows(raw, index, stated) for index in range(slices))), np.zeros(height, bool))
     if header is None:
         plan = encoding.Layout(height, None, None)
         notes.append("no header XML: zero-padding known from zero columns only")
     else:
+        if limits is None:
+            notes.append("no usable encoding limits in the header: zero-padding known from zero columns only")
         if header.trajectory not in ("cartesian", "unknown"):
             raise UnsupportedError(f"the header XML says trajectory {header.trajectory}; expected cartesian in a file of this "
                                    "layout: write it as ISMRMRD, with its points")  # fmt: skip
@@ -99,21 +102,27 @@ def _rows(raw: h5py.Dataset, index: int, columns: NDArray[np.bool_]) -> NDArray[
     return (_slice(raw, index)[..., columns] != 0).any((0, 2))
 
 
-def _columns(file: h5py.File, header: encoding.Header | None, width: int, max_bytes: int) -> NDArray[np.bool_]:
+def _limits(header: encoding.Header | None, width: int) -> slice | None:
+    """Columns between the header's encoding limits; None where it has none, or has them for another matrix."""
+    if header is None or header.centre is None or header.last is None or header.encoded.matrix[1] != width:
+        return None
+    left = width // 2 - header.centre
+    return slice(max(left, 0), max(left + header.last + 1, 0))
+
+
+def _columns(file: h5py.File, limits: slice | None, width: int, max_bytes: int) -> NDArray[np.bool_]:
     """Columns (width,) that may have been sampled: by the mask of a test file and by the header's encoding limits."""
-    columns = np.ones(width, bool)
+    columns = np.zeros(width, bool)
+    columns[limits or slice(None)] = True
     if "mask" in file:
         stored = hdf5.dataset(file, "mask", max_bytes)
         if stored.size != width or stored.dtype.kind not in "biuf":
             raise UnsupportedError(f"the mask has {stored.size} entries of {stored.dtype.name}, k-space {width} columns; "
                                    "expected one each: write the mask along the phase encoding, the last axis")  # fmt: skip
-        columns &= np.asarray(stored[()]).ravel() > 0
-        if not columns.any():
+        sampled = np.asarray(stored[()]).ravel() > 0
+        if not sampled.any():
             raise UnsupportedError("the mask has no sampled column; expected at least one: leave the mask out, and what is not 0 counts")
-    if header is not None and header.centre is not None and header.last is not None and header.encoded.matrix[1] == width:
-        left = width // 2 - header.centre
-        columns[: max(left, 0)] = False
-        columns[max(left + header.last + 1, 0) :] = False
+        columns &= sampled
     return columns
 
 
