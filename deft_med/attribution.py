@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .card import Card, Collection
+from .card import ALL, Card, Collection
 from .errors import ModelError
 
 _ONE = re.compile(r"CC[ -]BY[ -][34]\.0|CC0(?:[ -]1\.0)?|MIT|BSD-[23]-Clause|Apache-2\.0", re.IGNORECASE)
@@ -168,5 +168,11 @@ def readme(card: Card) -> str:
         for m in card.metrics:
             value = f"{m.value:.4g}" + ("" if m.sd is None else f" ± {m.sd:.2g}")
             lines.append(f"| {m.name} | {value} | {m.n} | {m.data} | `{m.command}` |")
+    if card.calibration:
+        lines += ["", "| intervals of | factor | in them, raw | calibrated | wanted | chi2 of 99 % below | subjects, slices | command |"]
+        lines += ["|---" * 8 + "|"]
+        for name, c in card.calibration.items():
+            lines.append(f"| {'all protocols' if name == ALL else name} | {c.factor:.3g} | {c.coverage_raw:.1%} | {c.coverage:.1%} | "
+                         f"{c.level:.0%} | {c.chi2_99:.3g} | {c.subjects}, {c.slices} | `{c.command}` |")
     lines += ["", "`card.json` holds the same for the program, which checks every scan against it. `metadata.json` is for MONAI's tools."]
     return "\n".join(lines) + "\n"

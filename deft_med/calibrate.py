@@ -94,7 +94,8 @@ def run(arguments: argparse.Namespace) -> dict:
                 records.append({"protocol": protocol.name, "subject": subject, "slice": key, "settings": settings, **made})
                 written(out, {"records": records})
         print(f"{number + 1}/{len(subjects)} subjects", file=sys.stderr)
-    command = (f"python -m deft_med.calibrate DATA --split {arguments.split} --protocol {{}} --samples {arguments.samples} "
+    only = f"--only {arguments.only} " if arguments.only else ""
+    command = (f"python -m deft_med.calibrate DATA --split {arguments.split} {only}--protocol {{}} --samples {arguments.samples} "
                f"--steps {arguments.steps} --slices {arguments.slices} --seed {arguments.seed}")
     found = summarised(records, command)
     written(out, found | {"records": records})

@@ -118,6 +118,8 @@ def test_a_calibration_goes_on_the_card_and_leaves_the_weights(made: Path) -> No
     assert export.calibrated(made / "into.json") == found
     again = bundle.recalibrate(folder, {"two": ONE})
     assert set(again.calibration) == {"one", "all", "two"} and again == bundle.load(folder)[0]
+    readme = (folder / "README.md").read_text("utf-8")
+    assert "| two | 1.3 | 80.0% | 90.0% | 90% | 1.1 | 3, 9 | `python -m deft_med.calibrate DATA` |" in readme
 
 
 def test_what_is_measured_is_what_is_published(made: Path) -> None:
