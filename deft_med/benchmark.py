@@ -180,10 +180,11 @@ def report(survey: Any, methods: list[str], slow: list[str], pairs: dict[int, tu
         "protocol": protocol.name, "split": split, "seed": survey.seed, "reference": reference, "deft_med": __version__,
         "torch": torch.__version__, "device": survey.bench.device.type, "threads": torch.get_num_threads(),
         "metrics": scores.WORDS[protocol.modality], "tuned": {m: found["settings"] for m, found in tuned.items()}}
-    text = [f"{protocol.name}, split {split}: {len(survey.subjects)} subjects, {len(survey.asked)} slices, seed {survey.seed}.",
+    text = [f"{protocol.name}, split {split}: {_counted(len(survey.subjects), 'subject')}, {_counted(len(survey.asked), 'slice')}, "
+            f"seed {survey.seed}.",
             f"{scores.WORDS[protocol.modality]}. {scores.NOTES.format(region=region)}",
             f"Times: {told['device']}, threads: {told['threads']}, torch {torch.__version__}.", ""]
-    few_words = f"{len(survey.few)} slices of {len({subject for subject, _ in survey.few})} subjects"
+    few_words = f"{_counted(len(survey.few), 'slice')} of {_counted(len({subject for subject, _ in survey.few}), 'subject')}"
     if fast:
         told["rows"] = scores.summary(records, fast, reference)
         text += [scores.table(told["rows"], protocol.modality, reference)]
@@ -201,8 +202,8 @@ def report(survey: Any, methods: list[str], slow: list[str], pairs: dict[int, tu
         text += ["Lesions:", "", lesions.table(disks)]
     if tuned:
         edges = [f"{found['becomes']} ({', '.join(found['edge'])})" for found in tuned.values() if found["edge"]]
-        text += [f"Tuned on {max(found['subjects'] for found in tuned.values())} other subjects, one sample, by mean PSNR, {len(tuned)} "
-                 f"methods: {', '.join(found['becomes'] for found in tuned.values())}."
+        text += [f"Tuned on {_counted(max(found['subjects'] for found in tuned.values()), 'other subject')}, one sample, by mean PSNR, "
+                 f"{_counted(len(tuned), 'method')}: {', '.join(found['becomes'] for found in tuned.values())}."
                  + (f" At the edge of what was tried: {', '.join(edges)}." if edges else ""), ""]
     (out / "table.md").write_text("\n".join(text), "utf-8")
     (out / "table.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
@@ -214,6 +215,10 @@ def report(survey: Any, methods: list[str], slow: list[str], pairs: dict[int, tu
     if told.get("sweep"):
         chart.sweep(out / "sweep.png", told["sweep"], f"DEFT by steps, {protocol.name}, {few_words}; shaded: ±0.1, and 85 to 95 %")
     print("\n".join(text))
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _numbers(text: str | None) -> list[int]:

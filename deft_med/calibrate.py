@@ -1,7 +1,8 @@
 """Measure what a model's intervals and chi2 are worth, on subjects that it was not trained on, and write it on its card.
 
 Every chosen slice is measured under each protocol and sampled; FILE keeps what came out slice by slice, so that a run that was ended
-goes on where it was, and grows when it is run again with more protocols. Tune subjects calibrate; val subjects are for tables.
+goes on where it was, and grows when it is run again with more protocols. Tune subjects calibrate; val subjects are for tables: "after" is
+the coverage of every subject by the factor of the others, "by the card" that by the factor which the model had before.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> dict:
     only = f"--only {arguments.only} " if arguments.only else ""
     command = (f"python -m deft_med.calibrate DATA --split {arguments.split} {only}--protocol {{}} --samples {arguments.samples} "
                f"--steps {arguments.steps} --slices {arguments.slices} --seed {arguments.seed}")
-    found = summarised(records, command)
+    found = summarised(records, command, model.card)
     written(out, found | {"records": records})
     if arguments.into:
         bundle.recalibrate(arguments.into, found["calibration"])
@@ -141,22 +142,27 @@ def measure(volume, protocol, model, *, seed: int, samples: int, steps: int, dev
     return made | {"misses": [float(f"{v:.4g}") for v in quantiles], "ranks": [round(float(v), 6) for v in rank_histogram(each, ref, body)]}
 
 
-def summarised(records: list[dict], command: str = "") -> dict:
-    """{"calibration", "ranks", "chi2"} by protocol and over "all", subjects of a protocol weighing alike, and slices of a subject."""
+def summarised(records: list[dict], command: str = "", card: Any = None) -> dict:
+    """{"calibration", "ranks", "chi2", "card"} by protocol and over "all", subjects of a protocol weighing alike, and slices of a subject.
+
+    "card": the factor that the ``card`` has for these protocols already, and the share of pixels that its intervals hold here.
+    """
     from deft_med.card import ALL
 
     protocols = sorted({r["protocol"] for r in records})
     groups = {name: [r for r in records if r["protocol"] == name] for name in protocols} | {ALL: records}
-    made: dict[str, dict] = {"calibration": {}, "ranks": {}, "chi2": {}}
+    made: dict[str, dict] = {"calibration": {}, "ranks": {}, "chi2": {}, "card": {}}
     for name, rows in groups.items():
-        one = fitted(rows)
+        known = None if card is None else card.calibrated(name)[1]
+        one = fitted(rows, None if known is None else known.factor)
         made["calibration"][name] = one["calibration"] | {"command": command.format(",".join(protocols) if name == ALL else name)}
-        made["ranks"][name], made["chi2"][name] = one["ranks"], one["chi2"]
+        made["ranks"][name], made["chi2"][name], made["card"][name] = one["ranks"], one["chi2"], one["card"]
     return made
 
 
-def fitted(rows: list[dict]) -> dict:
-    """Factor, coverages, ranks and percentiles of chi2 from the records of one protocol, or of several."""
+def fitted(rows: list[dict], known: float | None = None) -> dict:
+    """Factor, coverages, ranks and percentiles of chi2 from the records of one protocol, or of several; with a ``known`` factor also
+    the coverage that it reaches."""
     import numpy as np
 
     from deft_med.errors import UsageError
@@ -185,7 +191,8 @@ def fitted(rows: list[dict]) -> dict:
     calibration = {"factor": round(factor(everyone), 4), "coverage_raw": mean((missed <= 1).mean(1)), "coverage": mean(after),
                    "chi2_99": percentiles["99"], "samples": seen[0]["settings"]["samples"], "subjects": len({one for one, _ in people}),
                    "slices": len({(one, r["slice"]) for (one, _), r in zip(people, seen, strict=True)}), "level": LEVEL}
-    return {"calibration": calibration, "ranks": mean(np.array([r["ranks"] for r in seen])), "chi2": percentiles}
+    by_card = None if known is None else {"factor": known, "coverage": mean((missed <= known).mean(1))}
+    return {"calibration": calibration, "ranks": mean(np.array([r["ranks"] for r in seen])), "chi2": percentiles, "card": by_card}
 
 
 def earlier(path) -> list[dict]:
@@ -220,13 +227,15 @@ def written(path, content: dict) -> None:
 
 def table(found: dict) -> str:
     """What was found, for people."""
-    lines = ["| protocol | factor | coverage raw | after | chi2 1 / 50 / 90 / 99 % | subjects | slices | ranks |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| protocol | factor | coverage raw | after | by the card | chi2 1 / 50 / 90 / 99 % | subjects | slices | ranks |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for name, one in found["calibration"].items():
         chi2 = " / ".join(f"{found['chi2'][name][q]:.3f}" for q in ("1", "50", "90", "99"))
         ranks = " ".join(f"{100 * v:.0f}" for v in found["ranks"][name])
-        lines.append(f"| {name} | {one['factor']:.3f} | {one['coverage_raw']:.3f} | {one['coverage']:.3f} | {chi2} | {one['subjects']} | "
-                     f"{one['slices']} | {ranks} % |")
+        card = found["card"][name]
+        known = "-" if card is None else f"{card['coverage']:.3f} ({card['factor']:.3g})"
+        lines.append(f"| {name} | {one['factor']:.3f} | {one['coverage_raw']:.3f} | {one['coverage']:.3f} | {known} | {chi2} | "
+                     f"{one['subjects']} | {one['slices']} | {ranks} % |")
     return "\n".join(lines)
 
 

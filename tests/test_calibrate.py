@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,13 @@ def test_a_calibration_goes_on_the_card_and_leaves_the_weights(made: Path) -> No
     assert set(again.calibration) == {"one", "all", "two"} and again == bundle.load(folder)[0]
     readme = (folder / "README.md").read_text("utf-8")
     assert "| two | 1.3 | 80.0% | 90.0% | 90% | 1.1 | 3, 9 | `python -m deft_med.calibrate DATA` |" in readme
+
+
+def test_the_factor_of_the_card_is_tried_beside() -> None:
+    card = types.SimpleNamespace(calibrated=lambda name: ("p", Calibration(**ONE)) if name == "p" else ("", None))
+    found = calibrate.summarised([record(subject, 0, spread=1 / ONE["factor"]) for subject in "abc"], card=card)
+    assert found["card"]["p"]["factor"] == ONE["factor"] and found["card"]["p"]["coverage"] == pytest.approx(0.9, abs=0.01)
+    assert found["card"]["all"] is None and "0.90" in calibrate.table(found)
 
 
 def test_what_is_measured_is_what_is_published(made: Path) -> None:
