@@ -46,7 +46,8 @@ class Augmentation:
     own; the rest is also turned by any angle and rescaled to a pixel size drawn from ``pixel_mm`` (log-uniform).
     ``balance`` b draws a subject with probability proportional to its number of slices to the power b (0: all alike).
     ``detail`` d multiplies the amplitude at f of the image's spectrum by 1 + a (f / f_Nyquist)^2, a uniform on [-d / 4, d]: scanners
-    differ in sharpness, and a prior that knows the soft ones alone smooths what the sharp ones saw."""
+    differ in sharpness, and a prior that knows the soft ones alone smooths what the sharp ones saw.
+    A share ``tissue`` of MR images has a phase that turns with the tissue (`draws.tissue_phase`)."""
 
     plain: float = 0.5
     pixel_mm: tuple[float, float] = (0.7, 2.2)
@@ -54,6 +55,7 @@ class Augmentation:
     highest: float = 3.0  # u above this (dense metal) is cut in training
     background: float = -1.0  # u beyond the image's edge, and the lowest there is: air in CT, 0 in MR
     detail: float = 0.0
+    tissue: float = 0.0
 
 
 def draw_images(pool: Pool, count: int, size: int, augmentation: Augmentation, generator: Generator) -> tuple[Tensor, Tensor]:

@@ -112,10 +112,10 @@ def assemble(config: Training, train: Pool, tune: Pool, *, prior: Prior | None =
             return draw_images(train, stage.batch, stage.size, config.augmentation, generator)
         u, pixel = draw_images(train, stage.batch, WHOLE, config.augmentation, generator)  # a measurement sees the whole image
         if config.kind == "prior":
-            return crops(complex_images(u, generator), stage.size, generator), pixel
+            return crops(complex_images(u, generator, config.augmentation.tissue), stage.size, generator), pixel
         factor = WHOLE // stage.size
         u = F.avg_pool2d(u, factor)
-        return (u if config.modality == "CT" else complex_images(u, generator)), pixel * factor
+        return (u if config.modality == "CT" else complex_images(u, generator, config.augmentation.tissue)), pixel * factor
 
     def measured(u: Tensor, pixel: Tensor, generator: Generator) -> Gaussian:
         if u.shape[-1] not in physics:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deft_med.draws import KSpace, KSpaceRanges, complex_images
+from deft_med.draws import KSpace, KSpaceRanges, complex_images, tissue_phase
 from deft_med.intensity import scale_of
 from deft_med.simulate import coil_maps
 from operators.mri import Fourier
@@ -93,3 +93,16 @@ def test_a_share_of_the_patterns_are_poisson_discs(share: float, discs: int) -> 
     physics = KSpace(64, KSpaceRanges(patterns=24, focus=0.0, radial=0.0, poisson=share))
     masks = [pattern.mask for pattern in physics.patterns]
     assert sum(not (mask == mask[:1]).all() and not (mask == mask[:, :1]).all() for mask in masks) == discs
+
+
+def test_the_phase_of_tissue_turns_what_is_bright_and_nothing_else() -> None:
+    magnitude = torch.zeros(6, 1, 64, 64)
+    magnitude[..., 16:48, 16:48] = 0.1
+    magnitude[..., 16:20, 16:48] = 1.0  # fat at the rim
+    phase = tissue_phase(magnitude, 1.0, seeded())
+    assert (phase[..., 17, 32].abs() > 0.1).sum() >= 4 and phase[..., 0, 0].abs().max() < 0.1
+    assert (phase[..., 17, 32].abs() >= phase[..., 32, 32].abs()).all()
+    assert not tissue_phase(magnitude, 0.0, seeded()).any()
+    # not a smooth one: a scan's own low resolution image does not take it out
+    plain, turned = (complex_images(magnitude, seeded(), tissue) for tissue in (1e-9, 1.0))
+    assert turned[:, 1].square().mean() > 2 * plain[:, 1].square().mean()
