@@ -215,12 +215,19 @@ def _validation(estimate: Callable[[Tensor, Tensor, Gaussian | None], Tensor], t
 
 
 def _started(config: Training) -> nn.Module:
-    """The module with the weights of an earlier training or bundle; UsageError when that was another network."""
+    """The module with the weights of an earlier training or bundle; UsageError when that was another network.
+
+    Octaves may have other deviations: the network then sees and answers rescaled ones, and learns that in tens of steps.
+    """
     earlier, module = trained(str(config.start), config.kind)
-    for name in ("kind", "network", "sd", "octaves", "form"):
+    for name in ("kind", "network", "sd", "form"):
         if (was := getattr(earlier, name)) != (now := getattr(config, name)):
             raise UsageError(f"start names a training of {name} {was!r}: this one says {now!r}")
-    return module.train()
+    if len(earlier.octaves) != len(config.octaves):
+        raise UsageError(f"start names a training of {len(earlier.octaves)} octaves: this one says {len(config.octaves)}")
+    begun = bare(config)
+    begun.load_state_dict(module.state_dict(), strict=True)
+    return begun.train()
 
 
 def trained(folder: str | Path, kind: str = "prior") -> tuple[Training, Any]:

@@ -163,6 +163,11 @@ def test_a_training_goes_on_from_what_ships(name: str, kind: str) -> None:
     assert all(p.requires_grad for p in module.parameters())
     again = _started(dataclasses.replace(config, start=name))
     assert again.training and isinstance(again, type(module))
+    others = tuple(tuple(2 * v for v in level) for level in config.octaves)
+    rescaled = _started(dataclasses.replace(config, start=name, octaves=others)).sds
+    assert rescaled.tolist() == [pytest.approx(v) for v in others or [[config.sd]]]
+    with pytest.raises(UsageError, match="octaves: this one says 1"):
+        _started(dataclasses.replace(config, start=name, octaves=((0.1,) * len((config.octaves or ((0,),))[0]),)))
     with pytest.raises(UsageError, match="start names a training of network"):
         _started(dataclasses.replace(config, start=name, network=Network((8, 8))))
     with pytest.raises(UsageError, match="no training of that name .* or a bundle"):
