@@ -127,7 +127,7 @@ class KSpace:
         if number >= spokes:  # few of them: evenly over the range
             acceleration = _between(self.ranges.acceleration, (number - spokes + r[0]) / (self.ranges.patterns - spokes))
             return patterns.radial(shape, math.ceil(math.pi / 2 * self.size / acceleration), golden=r[1] < 0.5, start=2 * math.pi * r[2])
-        if round(number * self.ranges.poisson, 6) // 1 > round((number - 1) * self.ranges.poisson, 6) // 1:
+        if (number * self.ranges.poisson + 1e-6) % 1 < self.ranges.poisson:  # evenly spread
             side = max(8, round(24 * self.size / WHOLE * (0.5 + r[1])))
             return self._narrowed(patterns.poisson_disc(shape, acceleration, calibration=(side, side), generator=generator), generator)
         lines = patterns.equispaced if number % 3 == 1 else patterns.random
