@@ -172,7 +172,8 @@ def readme(card: Card) -> str:
         lines += ["", "| intervals of | factor | in them, raw | calibrated | wanted | chi2 of 99 % below | subjects, slices | command |"]
         lines += ["|---" * 8 + "|"]
         for name, c in card.calibration.items():
-            lines.append(f"| {'all protocols' if name == ALL else name} | {c.factor:.3g} | {c.coverage_raw:.1%} | {c.coverage:.1%} | "
+            shown = "several protocols together" if name == ALL else name
+            lines.append(f"| {shown} | {c.factor:.3g} | {c.coverage_raw:.1%} | {c.coverage:.1%} | "
                          f"{c.level:.0%} | {c.chi2_99:.3g} | {c.subjects}, {c.slices} | `{c.command}` |")
     lines += ["", "`card.json` holds the same for the program, which checks every scan against it. `metadata.json` is for MONAI's tools."]
     return "\n".join(lines) + "\n"

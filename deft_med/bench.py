@@ -25,7 +25,7 @@ from deft_med.network import use_half
 from deft_med.nonlinear import Transmission
 from deft_med.pipeline import SAMPLES, draw_posterior
 from deft_med.problem import FILTER, Problem, pose
-from deft_med.schedule import Denoiser
+from deft_med.schedule import Denoiser, in_turns
 from deft_med.simulate import slice_generator
 from deft_med.volume import Scan
 from operators.analytic import FilteredBackprojection, approximate_inverse
@@ -75,7 +75,7 @@ class Bench:
         if entry.name in GUIDED:
             method_ = GUIDED[entry.name]
             found |= {"model": self._model().card.sha256["prior.safetensors"], "steps": entry.steps,
-                      "settings": {**method_.settings, **method_.walk, **entry.settings}}
+                      "mirrored": len(self._model().mirrors) > 1, "settings": {**method_.settings, **method_.walk, **entry.settings}}
         if entry.name == "deft-online":
             card = self._model().card
             found |= {"model": card.sha256["prior.safetensors"], "residual": card.h.residual,
@@ -122,7 +122,7 @@ class Bench:
                     record |= {key.replace("_head", "_body"): of[0] for key, of in found.items() if isinstance(of, list)}
                     record["chi2"] = float(problem.likelihood.chi2(image)[0])
                     if "samples" in extra:
-                        record |= _calibration(problem, kept[_key(parse(method))].samples[:extra["samples"]], truth[0], region)
+                        record |= _calibration(problem, image, kept[_key(parse(method))].samples[:extra["samples"]], truth[0], region)
                 else:
                     record |= {"psnr": None, "converged": False}
                 yield record
@@ -146,7 +146,10 @@ class Bench:
         shared = 1 if entry.name in POSTERIOR else 0
         nfe = shared + (calls_ - shared) * count / len(drawn)
         spread = float(drawn[:count].std(0).square().mean().sqrt()) if count > 1 else None
-        return drawn[:count].mean(0, keepdim=True), {**_cost(meter, count / len(drawn)), "nfe": nfe, "samples": count, "std": spread}
+        found = {**_cost(meter, count / len(drawn)), "nfe": nfe, "samples": count, "std": spread}
+        if count < len(drawn):
+            found["drawn_with"] = len(drawn)  # alone it would have taken longer than its share
+        return drawn[:count].mean(0, keepdim=True), found
 
     def _once(self, entry: Entry, problem: Problem) -> tuple[Tensor, dict]:
         """Methods that draw no samples."""
@@ -174,8 +177,9 @@ class Bench:
                 settings.setdefault("sd", model.deft.prior.sd)
             generators = [slice_generator(self.seed, 0, k, purpose="sample") for k in range(count)]
             room = peers if entry.name in peers.PEERS else guidance
-            try:
-                return room.sample_with(entry.name, model.deft.prior, likelihood, steps=entry.steps, generators=generators, **settings)
+            try:  # each sample from the first mirror on, as DEFT's
+                return torch.cat([room.sample_with(entry.name, in_turns(model.deft.prior, model.mirrors), likelihood, steps=entry.steps,
+                                                   generators=[one], **settings) for one in generators])
             except ValueError as error:
                 raise UsageError(f"method {entry.text}: {error}") from error
         if entry.folder:
@@ -288,13 +292,14 @@ def _filtered(likelihood: Any, window: str, cutoff: float = 1.0) -> Any:
     return likelihood.inverted_by(FilteredBackprojection(likelihood.forward.operator, window=window, cutoff=cutoff))
 
 
-def _calibration(problem: Problem, samples: Tensor, truth: np.ndarray, region: np.ndarray) -> dict:
-    """chi2 of the samples and, of several, the share of the region's pixels in the 90 % interval and the ranks of the truth."""
+def _calibration(problem: Problem, image: Tensor, samples: Tensor, truth: np.ndarray, region: np.ndarray) -> dict:
+    """chi2 of the samples and, of several, the share of the region's pixels in the 90 % interval about ``image``, their average, and the
+    ranks of the truth."""
     chi2 = float(np.mean([float(problem.likelihood.chi2(u[None])[0]) for u in samples]))
     if len(samples) < 2:
         return {"chi2_samples": chi2}
     pictures = problem.picture(samples)
-    inside = metrics.coverage(pictures.mean(0), pictures.std(0, ddof=1), len(pictures), truth, mask=region)
+    inside = metrics.coverage(problem.picture(image)[0], pictures.std(0, ddof=1), len(pictures), truth, mask=region)
     ranks = metrics.rank_histogram(pictures, truth, mask=region)
     if math.isnan(inside):
         return {"chi2_samples": chi2, "coverage": None, "ranks": None}

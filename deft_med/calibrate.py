@@ -143,14 +143,15 @@ def measure(volume, protocol, model, *, seed: int, samples: int, steps: int, dev
 
 
 def summarised(records: list[dict], command: str = "", card: Any = None) -> dict:
-    """{"calibration", "ranks", "chi2", "card"} by protocol and over "all", subjects of a protocol weighing alike, and slices of a subject.
+    """{"calibration", "ranks", "chi2", "card"} by protocol and, of several, over "all", subjects of a protocol weighing alike, and slices
+    of a subject.
 
     "card": the factor that the ``card`` has for these protocols already, and the share of pixels that its intervals hold here.
     """
     from deft_med.card import ALL
 
     protocols = sorted({r["protocol"] for r in records})
-    groups = {name: [r for r in records if r["protocol"] == name] for name in protocols} | {ALL: records}
+    groups = {name: [r for r in records if r["protocol"] == name] for name in protocols} | ({ALL: records} if len(protocols) > 1 else {})
     made: dict[str, dict] = {"calibration": {}, "ranks": {}, "chi2": {}, "card": {}}
     for name, rows in groups.items():
         known = None if card is None else card.calibrated(name)[1]

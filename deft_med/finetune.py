@@ -96,7 +96,7 @@ def rollout(prior: Denoiser, h: Control, likelihood: Gaussian, levels: Tensor, *
     seen, generators = [], [generator] * batch
 
     def controlled(x: Tensor, sigma: Tensor) -> Tensor:
-        d = prior(x, sigma)
+        d = many.within(prior(x, sigma))
         g = many.residual(d)
         u = h(x, d, g, sigma, many.s_img, many.log_ratio)
         seen.append((x, d, g, u))
@@ -105,7 +105,7 @@ def rollout(prior: Denoiser, h: Control, likelihood: Gaussian, levels: Tensor, *
     with torch.no_grad():
         x = start((batch, *many.shape), float(levels[0]), generators, device=many.s_img.device, dtype=many.s_img.dtype)
         last = ddim(controlled, x, levels, eta=1.0, generators=generators)
-        x0 = prior(last, _at(levels[-1], x))
+        x0 = many.within(prior(last, _at(levels[-1], x)))
         states, d, g, u = (list(images) for images in zip(*seen, strict=True))
         return Paths(levels, [*states, last], d, g, u, many.log_prob(x0), x0, many)
 
@@ -151,11 +151,11 @@ def entropy_gradient(prior: Denoiser, h: Control, paths: Paths, parameters: Sequ
     chosen = set(range(len(paths.u)) if steps is None else steps)
     share, likelihood = len(paths.u) / len(chosen) / len(paths.x0), paths.likelihood
     x = paths.x[-1].detach().requires_grad_()
-    (adjoint,) = torch.autograd.grad(-likelihood.log_prob(prior(x, _at(paths.levels[-1], x))).sum(), x)
+    (adjoint,) = torch.autograd.grad(-likelihood.log_prob(likelihood.within(prior(x, _at(paths.levels[-1], x)))).sum(), x)
     for k in range(len(paths.u) - 1, min(chosen) - 1, -1):
         s, t, a = paths.step(k)
         x = paths.x[k].detach().requires_grad_()
-        d = prior(x, _at(paths.levels[k], x))
+        d = likelihood.within(prior(x, _at(paths.levels[k], x)))
         u = h(x, d, likelihood.residual(d), _at(paths.levels[k], x), likelihood.s_img, likelihood.log_ratio)
         noise = paths.x[k + 1] - _mean(paths.x[k], paths.d[k] + paths.u[k], s, t)
         paid = 0.5 * a / t**2 * u.square().sum() + (adjoint * _mean(x, d + u, s, t)).sum()

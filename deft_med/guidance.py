@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from deft_med.likelihood import Gaussian
-from deft_med.sample import Callback, ddim, dpm, start
+from deft_med.sample import Callback, ddim, start
 from deft_med.schedule import SIGMA_MAX, SIGMA_MIN, Denoiser, edm_to_vp, per_item, sigmas, vp_to_edm
 from operators.linear import LinearOperator
 from operators.noise import gaussian
@@ -27,6 +27,7 @@ class Data(Protocol):
     def y(self) -> Tensor: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+    def within(self, u: Tensor) -> Tensor: ...
     def misfit(self, u: Tensor) -> Tensor: ...
     def log_prob(self, u: Tensor) -> Tensor: ...
 
@@ -91,7 +92,8 @@ def dds(denoiser: Denoiser, likelihood: Gaussian, *, sd: float = 0.5, iterations
     """Decomposed diffusion sampling: D' = argmin_z |y - A z|^2 / s^2 + |z - D|^2 / r^2, by CG from D.
 
     Converged, it is PiGDM with the Jacobian r^2 / sigma^2: h = (D' - D) / sigma^2 with
-    D' - D = r^2 A^H (r^2 A A^H + s^2)^-1 (y - A D). Chung et al. 2024 (arXiv 2303.05754), with the noise levels setting the trust.
+    D' - D = r^2 A^H (r^2 A A^H + s^2)^-1 (y - A D). Chung et al. 2024 (arXiv 2303.05754), whose sampler is DDIM with eta 0.85, here with
+    the noise levels setting the trust.
     ``sd`` says what D leaves open: r^2 = sigma^2 sd^2 / (sigma^2 + sd^2). Around a posterior denoiser a small one corrects it only
     where the data are sure.
     """
@@ -139,12 +141,13 @@ def ddnm(denoiser: Denoiser, likelihood: Gaussian, *, iterations: int = 5, toler
     return posterior
 
 
-def diffpir(denoiser: Denoiser, likelihood: Data, *, weight: float = 1.0, iterations: int = 30, tolerance: float = 1e-4) -> Denoiser:
+def diffpir(denoiser: Denoiser, likelihood: Data, *, weight: float = 1.0, iterations: int = 5, tolerance: float = 1e-4) -> Denoiser:
     """Plug-and-play restoration: D' = argmin_z |y - A z|^2 + rho |z - D|^2 with rho = weight s^2 / sigma^2; h = (D' - D) / sigma^2.
 
     Zhu et al. 2023 (arXiv 2305.08995), algorithm 1; ``weight`` is its lambda. Divided by s^2 it is `dds` with r^2 = sigma^2 / weight, which
-    grows without bound where dds knows that no pixel strays further than sd; it is solved to ``tolerance``, and its sampler (`renoise`)
-    draws other noise. A likelihood that is not linear takes ``iterations`` gradient steps on -ln p(y | z) + |z - D|^2 / (2 r^2).
+    grows without bound where dds knows that no pixel strays further than sd; its sampler (`renoise`) draws other noise. The solve is
+    ``iterations`` of CG from D, fewer where ``tolerance`` is met: few are faster and better here than many. A likelihood that is not
+    linear takes ``iterations`` gradient steps on -ln p(y | z) + |z - D|^2 / (2 r^2).
     """
     curvature = None if isinstance(likelihood, Gaussian) else sharpness(likelihood)
 
@@ -270,9 +273,9 @@ class Method:
 METHODS: dict[str, Method] = {
     "dps": Method(dps, {"zeta": 0.5}, ddim, {"eta": 1.0}, 1000, through_prior=True, levels=vp_sigmas, knows_levels=True),
     "pigdm": Method(pigdm, {"sd": 0.5, "iterations": 20}, ddim, {"eta": 1.0}, through_prior=True, linear=True),
-    "dds": Method(dds, {"sd": 0.5, "iterations": 5}, dpm, {"eta": 0.0}, 50, linear=True),
+    "dds": Method(dds, {"sd": 0.5, "iterations": 5}, ddim, {"eta": 0.85}, 50, linear=True),
     "ddnm": Method(ddnm, {"iterations": 5}, ddim, {"eta": 0.85}, linear=True),
-    "diffpir": Method(diffpir, {"weight": 1.0, "iterations": 30}, renoise, {"zeta": 0.3}),
+    "diffpir": Method(diffpir, {"weight": 1.0, "iterations": 5}, renoise, {"zeta": 0.3}),
     "red-diff": Method(red_diff, {"weight": 64.0, "rate": 0.03}, steps=1000),
     "reconstruction": Method(reconstruction, {"weight": 1.5}, ddim, {"eta": 1.0}, 250, through_prior=True),
 }
@@ -283,7 +286,8 @@ def sample_with(name: str, denoiser: Denoiser, likelihood: Data, *, generators: 
     """Images (K, C, ny, nx) by one of `METHODS`, one per generator, in ``steps`` evaluations each from pure noise at sigma_max.
 
     ``likelihood`` has one item, and images are made one after the other, or K items. ``settings`` replace the method's own, those of its
-    sampler included. Raises ValueError for an unknown method or setting, and for one that asks for a linear forward model.
+    sampler included. Where no measurement can see the image it is zero. Raises ValueError for an unknown method or setting, and for one
+    that asks for a linear forward model.
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
@@ -298,9 +302,13 @@ def sample_with(name: str, denoiser: Denoiser, likelihood: Data, *, generators: 
     levels = method.levels(method.steps if steps is None else steps, low=sigma_min, high=sigma_max)
     made, walk = ({key: type(value)(settings.get(key, value)) for key, value in table.items()} for table in (method.settings, method.walk))
     y, run = likelihood.y, {"generators": generators, "callback": callback}
+
+    def inside(x: Tensor, sigma: Tensor) -> Tensor:
+        return likelihood.within(denoiser(x, sigma))
+
     with torch.no_grad():
         x = start((len(y), *likelihood.shape), float(levels[0]), generators, device=y.device, dtype=y.real.dtype)
         if method.sampler is None:
-            return method.make(denoiser, likelihood, x, levels, **made, **run)
+            return likelihood.within(method.make(inside, likelihood, x, levels, **made, **run))
         grid = {"levels": levels} if method.knows_levels else {}
-        return method.sampler(method.make(denoiser, likelihood, **grid, **made), x, levels, **walk, **run)
+        return likelihood.within(method.sampler(method.make(inside, likelihood, **grid, **made), x, levels, **walk, **run))

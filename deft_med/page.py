@@ -278,7 +278,7 @@ def _chi2_table(r: Any) -> str:
             "cannot show adds to it")  # fmt: skip
     text += ": the reference's own χ² says how much." if "reference" in names and _finite(r.chi2.get("reference")) else "."
     if limit := _trust(r, "quality").get("limit"):
-        text += f" Below {limit:.3f} lie 99 % of the slices of the subjects that this protocol was calibrated on."
+        text += f" Here the limit is {limit:.3f}, {_trust(r, 'quality')['because']}."
         text += f" The check {_trust(r, 'quality')['check']}."
     return f"<section>{_table('Agreement with the data', text, ('Image', 'χ²'), rows)}</section>"
 

@@ -137,7 +137,7 @@ def sample_with(name: str, denoiser: Denoiser, likelihood: Gaussian, *, generato
     if unknown := settings.keys() - method.settings.keys():
         raise ValueError(f"{name} has no setting {', '.join(sorted(unknown))}: choose from {', '.join(method.settings)}")
     low, device = LOW[likelihood.shape[0]], likelihood.y.device
-    data, inner = InUnitNorm(likelihood, low), InUnitRange(denoiser, low)
+    data, inner = InUnitNorm(likelihood, low), InUnitRange(lambda x, sigma: likelihood.within(denoiser(x, sigma)), low)
     items = [method.make(inner, data, (1, *likelihood.shape), Generator(device).manual_seed(g.initial_seed()),
                          steps=method.steps if steps is None else steps, **{**method.settings, **settings}) for g in generators]
-    return torch.cat(items).to(likelihood.y.real.dtype) * WIDTH + low
+    return likelihood.within(torch.cat(items).to(likelihood.y.real.dtype) * WIDTH + low)

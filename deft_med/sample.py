@@ -43,7 +43,7 @@ def ddim(denoiser: Denoiser, x: Tensor, sigmas: Tensor, *, eta: float = 1.0, gen
     for step, (s, t) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
         d = denoiser(x, x.new_full((len(x),), s))
         up = eta * t * (1 - (t / s) ** 2) ** 0.5
-        x = d + ((t**2 - up**2) ** 0.5 / s) * (x - d)
+        x = d + (max(0.0, t**2 - up**2) ** 0.5 / s) * (x - d)  # up = t may be above t by rounding
         if up > 0:
             x = x + up * _normal(x, generators)
         if callback is not None:

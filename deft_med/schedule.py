@@ -3,8 +3,9 @@
 Every image at noise level sigma is ``x = x0 + sigma n`` (the EDM frame, Karras et al. 2022, arXiv 2206.00364).
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -16,6 +17,17 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, [z,] y, x), sigma (B,
 def per_item(sigma: Tensor, x: Tensor) -> Tensor:
     """sigma (B,) or () shaped so that it multiplies x (B, ...)."""
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim)) if sigma.ndim else sigma
+
+
+def in_turns(denoiser: Denoiser, mirrors: Sequence[tuple[int, ...]]) -> Denoiser:
+    """The denoiser on images flipped along those axes, and its answers flipped back; from call to call the next of ``mirrors``."""
+    turns = itertools.cycle(mirrors)
+
+    def turned(x: Tensor, sigma: Tensor) -> Tensor:
+        axes = next(turns)
+        return denoiser(x.flip(axes), sigma).flip(axes)
+
+    return turned
 
 
 def perturb(x0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:

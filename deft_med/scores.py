@@ -21,11 +21,12 @@ NUMBERS = {  # a record's key: its column and its decimals
     "chi2_samples": ("chi2 samples", 3), "coverage": ("in 90 %", 3), "nfe": ("NFE", 0), "seconds": ("s / slice", 2),
     "cpu_seconds": ("CPU-s / slice", 2), "peak_mb": ("peak MB", 0), "rise_mb": ("rise MB", 0)}  # fmt: skip
 PAIRED = ("psnr", "psnr_body", "ssim", "ssim_body")  # also those that are shown with their spread
-NOTES = """± is the standard deviation between subjects. Averages and the sample of one method share their samples; what each cost is
-its share of the largest. chi2: of the image shown, and of the samples that it averages (1 is expected of a
-sample, less of a mean). In 90 %: pixels of the {region} whose reference lies in mean ± t sqrt(1 + 1/K) std of K samples. Scalp: what of a
-head lies within 15 mm of its edge; brain: the rest. NFE: evaluations of the prior, or of a method's own network, for one image. Peak:
-resident size of the whole process while the method ran, rise: what the method added to it (on CUDA: what torch had allocated)."""
+NOTES = """± is the standard deviation between subjects. Averages and the sample of one method share their samples; a time with a * is a
+share of the largest, drawn together: drawn alone it is up to twice as much. chi2: of the image shown, and of the samples that it averages
+(1 is expected of a sample, less of a mean). In 90 %: pixels of the {region} whose reference lies within t sqrt(1 + 1/K) std of the image,
+the average of K samples (MR: the magnitude of the complex average). Scalp: what of a head lies within 15 mm of its edge; brain: the rest.
+NFE: evaluations of the prior, or of a method's own network, for one image. Peak: resident size of the whole process while the method ran,
+rise: what the method added to it (on CUDA: what torch had allocated)."""
 
 
 def values(records: Iterable[Mapping], key: str) -> dict[str, float]:
@@ -42,6 +43,7 @@ def row(records: Sequence[Mapping], method: str) -> dict:
     mine = [r for r in records if r["method"] == method]
     found: dict[str, Any] = {"method": method, "slices": len(mine), "subjects": len({r["subject"] for r in mine}),
                              "samples": max((r.get("samples", 0) for r in mine), default=0),
+                             "drawn_with": max((r.get("drawn_with", 0) for r in mine), default=0),
                              "without_result": sum(r.get("psnr") is None for r in mine),
                              "not_converged": sum(not r.get("converged", True) for r in mine)}
     for key in NUMBERS:
@@ -98,7 +100,7 @@ def table(rows: Sequence[Mapping], modality: str, reference: str) -> str:
     heads = [NUMBERS[k][0].format(region=region) for k in shown]
     lines = [f"| method | subjects / slices | {' | '.join(heads)} |", "|---" * (len(shown) + 2) + "|"]
     for r in rows:
-        lines.append(f"| {_marked(r)} | {r['subjects']} / {r['slices']} | {' | '.join(_cell(r[k], k) for k in shown)} |")
+        lines.append(f"| {_marked(r)} | {r['subjects']} / {r['slices']} | {' | '.join(_cell(r[k], k, r['drawn_with']) for k in shown)} |")
     lines += ["", f"Difference from {reference} on the slices that both have, mean over n subjects with its 95 % confidence interval:", "",
               f"| method | n | PSNR (dB) | PSNR {region} (dB) | SSIM | SSIM {region} |", "|---" * 6 + "|"]
     for r in rows:
@@ -141,12 +143,12 @@ def _marked(r: Mapping) -> str:
     return r["method"] + (f" ({', '.join(marks)})" if marks else "")
 
 
-def _cell(found: Mapping | None, key: str) -> str:
+def _cell(found: Mapping | None, key: str, drawn_with: int = 0) -> str:
     if found is None:
         return "-"
     digits = NUMBERS[key][1]
     spread = f" ± {found['sd']:.{digits}f}" if key in PAIRED and found["sd"] is not None else ""
-    return f"{found['mean']:.{digits}f}{spread}"
+    return f"{found['mean']:.{digits}f}{spread}" + "*" * (drawn_with > 0 and key.endswith("seconds"))
 
 
 def _interval(found: Mapping | None, digits: int) -> str:

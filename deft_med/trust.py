@@ -38,29 +38,32 @@ def worth(made: dict) -> str:
     """What an `interval` is worth, in words."""
     if made["calibrated_on"] is None:
         return "not calibrated"
-    on = "all protocols of the model's card" if made["calibrated_on"] == ALL else made["calibrated_on"]
+    on = "several other protocols" if made["calibrated_on"] == ALL else made["calibrated_on"]
     other = "" if made["samples"] == made["calibrated_with_samples"] else f", with {made['calibrated_with_samples']} samples"
     return f"calibrated on {on}{other}"
 
 
 def judge(chi2: Sequence[float], card: Card, protocol: str | None, deviation: float = 0.0) -> dict:
-    """The chi2 of the samples, slice by slice, against the card's 99th percentile for this very protocol.
+    """The chi2 of the samples, slice by slice, against the card's 99th percentile for this very protocol (of few slices the largest).
 
     Consistency steps may hold that below 1: the limit is never lower than what a true posterior sample stays below in 99 of 100
     slices, 1 + 2.33 ``deviation`` with deviation sqrt(2 / M) of a slice's M measurements.
 
-    Returns {"chi2", "limit", "above": the slices above it, counted from 1, "check": "passed" or "failed"}; where the card does not know the
-    protocol nothing is judged, limit and check are None. A check fails where more slices are above than 1 in 100 is by chance (in one
-    sound run of 100), or where one slice is DOUBTFUL.
+    Returns {"chi2", "limit", "because": where the limit is from, "above": the slices above it, counted from 1, "check": "passed" or
+    "failed"}; where the card does not know the protocol nothing is judged, limit, because and check are None. A check fails where more
+    slices are above than 1 in 100 is by chance (in one sound run of 100), or where one slice is DOUBTFUL.
     """
     found: Calibration | None = card.calibration.get(protocol or "")
-    made: dict[str, Any] = {"chi2": list(chi2), "limit": None, "above": [], "check": None}
+    made: dict[str, Any] = {"chi2": list(chi2), "limit": None, "because": None, "above": [], "check": None}
     if found is None:
         return made
     limit = max(found.chi2_99, 1 + norm.ppf(1 - SELDOM) * deviation)
+    because = (f"the 99th percentile of {found.slices} slices of tune subjects" if limit == found.chi2_99 else
+               f"below which noise alone leaves 99 % of true images; the {found.slices} slices of tune subjects stayed below "
+               f"{found.chi2_99:.3g}")
     above = [index + 1 for index, value in enumerate(chi2) if not value <= limit]
     failed = len(above) > binom.ppf(1 - SELDOM, len(chi2), SELDOM) or any(not chi2[k - 1] <= max(DOUBTFUL, limit) for k in above)
-    return made | {"limit": limit, "above": above, "check": "failed" if failed else "passed"}
+    return made | {"limit": limit, "because": because, "above": above, "check": "failed" if failed else "passed"}
 
 
 def verdict(made: dict, protocol: str | None) -> str:
@@ -71,7 +74,7 @@ def verdict(made: dict, protocol: str | None) -> str:
     shown = ", ".join(map(str, above[:8])) + ("" if len(above) <= 8 else f" and {len(above) - 8} more")
     worst = max(made["chi2"][k - 1] for k in above)
     return (f"chi2 of the samples is up to {worst:.3g} in slice{'s' * (len(above) > 1)} {shown} of {len(made['chi2'])}, above "
-            f"{made['limit']:.3g}, below which 99 % of the slices of tune subjects lie under {protocol}")
+            f"{made['limit']:.3g}, {made['because']}, under {protocol}")
 
 
 def changed(volume: Volume, classical: Volume, modality: str, reference: Volume | None = None) -> float | None:

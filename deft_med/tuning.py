@@ -58,7 +58,7 @@ def chosen(method: str, tried: Mapping[str, Mapping[str, float]], psnr: Mapping[
     ratio = _steps(entry, plan) / entry.steps if entry.slow else 1.0
     settings = {key: value * ratio if key in PER_STEP.get(entry.name, ()) else value for key, value in tried[best].items()}
     values = {key: sorted({other[key] for other in tried.values()}) for key in tried[best]}
-    edge = [key for key, value in tried[best].items() if len(values[key]) > 2 and value in (values[key][0], values[key][-1])]
+    edge = [key for key, value in tried[best].items() if len(values[key]) > 1 and value in (values[key][0], values[key][-1])]
     return {"settings": settings, "becomes": entry.like(entry.count, settings), "psnr": _finite(psnr[best]), "edge": edge,
             "steps": _steps(entry, plan) if entry.slow else entry.steps,
             "tried": [{**settings, "psnr": _finite(psnr[text])} for text, settings in tried.items()]}

@@ -94,7 +94,7 @@ def test_it_measures_resumes_and_grows(made: Path, capsys: pytest.CaptureFixture
     assert command(made) == 0
     assert "| one |" in capsys.readouterr().out
     first = json.loads((made / "found.json").read_text())
-    assert len(first["records"]) == 3 and set(first["calibration"]) == {"one", "all"}
+    assert len(first["records"]) == 3 and set(first["calibration"]) == {"one"}
     one = first["calibration"]["one"]
     assert (one["subjects"], one["slices"], one["samples"]) == (2, 3, 3) and str(made) not in one["command"]
     assert sum(first["ranks"]["one"]) == pytest.approx(1, abs=1e-3) and len(first["ranks"]["one"]) == 4
@@ -112,13 +112,13 @@ def test_a_calibration_goes_on_the_card_and_leaves_the_weights(made: Path) -> No
     assert command(made, "--into", str(folder), out="into.json") == 0
     found = json.loads((made / "into.json").read_text())["calibration"]
     card = bundle.load(folder)[0]
-    assert dataclasses.asdict(card.calibration["one"]) == found["one"] and set(card.calibration) == {"one", "all"}
+    assert dataclasses.asdict(card.calibration["one"]) == found["one"] and set(card.calibration) == {"one"}
     changed = {p.name for p in folder.iterdir() if p.read_bytes() != before.get(p.name)}
     assert changed <= {"card.json", "README.md"} and set(before) == {p.name for p in folder.iterdir()}
     assert dataclasses.replace(card, calibration={}) == parse(before["card.json"])
     assert export.calibrated(made / "into.json") == found
     again = bundle.recalibrate(folder, {"two": ONE})
-    assert set(again.calibration) == {"one", "all", "two"} and again == bundle.load(folder)[0]
+    assert set(again.calibration) == {"one", "two"} and again == bundle.load(folder)[0]
     readme = (folder / "README.md").read_text("utf-8")
     assert "| two | 1.3 | 80.0% | 90.0% | 90% | 1.1 | 3, 9 | `python -m deft_med.calibrate DATA` |" in readme
 
@@ -127,7 +127,8 @@ def test_the_factor_of_the_card_is_tried_beside() -> None:
     card = types.SimpleNamespace(calibrated=lambda name: ("p", Calibration(**ONE)) if name == "p" else ("", None))
     found = calibrate.summarised([record(subject, 0, spread=1 / ONE["factor"]) for subject in "abc"], card=card)
     assert found["card"]["p"]["factor"] == ONE["factor"] and found["card"]["p"]["coverage"] == pytest.approx(0.9, abs=0.01)
-    assert found["card"]["all"] is None and "0.90" in calibrate.table(found)
+    assert set(found["card"]) == {"p"}, "one protocol does not speak for others"
+    assert "0.90" in calibrate.table(found)
 
 
 def test_what_is_measured_is_what_is_published(made: Path) -> None:
@@ -201,4 +202,4 @@ def test_a_check_fails_more_often_than_chance_or_at_one_gross_slice() -> None:
     everywhere = parse({**CARD, **blank, "calibration": {"p": ONE, "all": {**ONE, "factor": 2.0}}})
     assert everywhere.calibrated("q") == ("all", Calibration(**{**ONE, "factor": 2.0})) and everywhere.calibrated("p")[0] == "p"
     said = {"calibrated_on": "all", "samples": 8, "calibrated_with_samples": 8}
-    assert worth(said) == "calibrated on all protocols of the model's card" and worth({"calibrated_on": None}) == "not calibrated"
+    assert worth(said) == "calibrated on several other protocols" and worth({"calibrated_on": None}) == "not calibrated"

@@ -7,7 +7,7 @@ from deft_med.guidance import METHODS, ddnm, dds, diffpir, dps, pigdm, reconstru
 from deft_med.intensity import Affine
 from deft_med.likelihood import Gaussian
 from deft_med.sample import ddim, start
-from deft_med.schedule import edm_to_vp, sigmas
+from deft_med.schedule import edm_to_vp, in_turns, sigmas
 from deft_med.simulate import coil_maps
 from deft_med.testing import Laboratory
 from operators import patterns
@@ -177,10 +177,10 @@ def test_red_diff_rests_at_the_map_of_the_blurred_prior(lab: Laboratory) -> None
 
 # ---------------------------------------------------------------------------------------------------------- all by one function
 class Words:
-    """A likelihood in words only, as one that is not linear has them: y, shape, misfit and log_prob."""
+    """A likelihood in words only, as one that is not linear has them: y, shape, within, misfit and log_prob."""
 
     def __init__(self, other: Gaussian) -> None:
-        self.y, self.shape, self.misfit, self.log_prob = other.y, other.shape, other.misfit, other.log_prob
+        self.y, self.shape, self.misfit, self.log_prob, self.within = other.y, other.shape, other.misfit, other.log_prob, other.within
 
 
 class Saturated:
@@ -190,6 +190,9 @@ class Saturated:
         self.operator, self.s, self.shape = lab.operator, s, (1, lab.n, lab.n)
         self.y = torch.tanh(lab.operator(x0) / 8)
         self.y = self.y + s * torch.randn(self.y.shape, dtype=self.y.dtype, generator=generator(1))
+
+    def within(self, u: torch.Tensor) -> torch.Tensor:
+        return u
 
     def misfit(self, u: torch.Tensor) -> torch.Tensor:
         return ((self.y - torch.tanh(self.operator(u) / 8)) / self.s).square().flatten(1).sum(1)
@@ -201,7 +204,7 @@ class Saturated:
 STEPS = {"dps": 400, "red-diff": 400, "reconstruction": 150, "diffpir": 50, "pigdm": 50, "ddnm": 50}
 # In units of the posterior's deviation, D at sigma 80 being 2.26 away from the true posterior mean: how far the mean of 24 samples may be
 # from it (their own scatter alone is 0.2), and how wide the samples may lie (1 is exact). An optimiser such as red-diff has no spread.
-BOUNDS = {"pigdm": (0.3, 0.8, 1.0), "dds": (0.3, 0.93, 1.05), "diffpir": (0.4, 0.8, 1.0), "dps": (0.4, 0.75, 0.95),
+BOUNDS = {"pigdm": (0.3, 0.8, 1.0), "dds": (0.3, 0.85, 1.0), "diffpir": (0.4, 0.8, 1.0), "dps": (0.4, 0.75, 0.95),
           "ddnm": (0.65, 0.7, 0.9), "reconstruction": (0.65, 0.9, 1.15), "red-diff": (0.55, 0.0, 0.4)}
 
 
@@ -220,7 +223,7 @@ def test_every_method_comes_near_the_posterior(lab: Laboratory, name: str) -> No
     assert error < far < unguided and narrow < ratio < wide
 
 
-def scan(size: int = 16) -> Gaussian:
+def scan(size: int = 16, seen: torch.Tensor | None = None) -> Gaussian:
     """A complex MR measurement: four coils, every second line."""
     maps = coil_maps(1, 4, (size, size), generator())
     physics = encoding(patterns.equispaced((size, size), 2.0, generator=generator(1)), maps)
@@ -228,7 +231,8 @@ def scan(size: int = 16) -> Gaussian:
     clean = operator(0.3 * torch.randn(1, 2, size, size, generator=generator(2)))
     noise = torch.view_as_complex(torch.randn((*clean.shape, 2), generator=generator(3)))
     y = clean + 0.02 * noise * (clean != 0)
-    return Gaussian(Affine(operator, 1.0, 0.0), y, torch.full((1, 1, 1, 1), 0.02), Complex((size, size)).H @ WeightedAdjoint(physics))
+    return Gaussian(Affine(operator, 1.0, 0.0), y, torch.full((1, 1, 1, 1), 0.02), Complex((size, size)).H @ WeightedAdjoint(physics),
+                    seen=seen)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -253,6 +257,31 @@ def test_methods_by_gradient_take_any_likelihood(lab: Laboratory, name: str) -> 
     images = sample_with(name, lab.prior, likelihood, generators=[generator(1)], steps=30)
     blank = torch.full_like(x0, lab.mean)
     assert torch.isfinite(images).all() and likelihood.misfit(images) < 0.5 * likelihood.misfit(blank)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_where_no_coil_sees_the_image_is_zero(name: str) -> None:
+    seen = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    seen[..., :5] = False
+    flat = lambda x, sigma: torch.ones_like(x) + 0 * x  # a prior that paints everywhere, and can be gone back through
+    image = sample_with(name, flat, scan(seen=seen), generators=[generator()], steps=4)
+    assert (image[..., :5] == 0).all() and (image[..., 5:] != 0).all()
+
+
+def test_diffpir_may_draw_all_of_its_noise_anew(lab: Laboratory) -> None:
+    """zeta 1: t^2 - up^2 is zero, by rounding a little less."""
+    likelihood, _, _ = noisy(lab, [1.0])
+    image = sample_with("diffpir", lab.prior, likelihood, generators=[generator()], steps=20, zeta=1.0)
+    assert image.is_floating_point() and torch.isfinite(image).all()
+
+
+def test_mirrors_take_turns() -> None:
+    ramp, mirrors = torch.arange(12.0).reshape(1, 1, 3, 4), ((), (-1,), (-2, -1))
+    calls: list[torch.Tensor] = []
+    denoiser = in_turns(lambda x, sigma: calls.append(x) or 2 * x + torch.arange(4.0), mirrors)
+    answers = [denoiser(ramp, torch.ones(1)) for _ in range(4)]
+    for call, answer, axes in zip(calls, answers, [*mirrors, ()], strict=True):
+        assert torch.equal(call, ramp.flip(axes)) and torch.equal(answer, 2 * ramp + torch.arange(4.0).expand(1, 1, 3, 4).flip(axes))
 
 
 def test_what_cannot_be_run(lab: Laboratory) -> None:
