@@ -3,8 +3,9 @@
 METHODS is a list with commas. CT: fbp[:WINDOW[:CUTOFF]], tv[:WEIGHT]; MR: zero-filled, cg-sense, wavelet, tv. supervised:DIR and
 conditional:DIR are networks trained on pairs (a training's folder). On the model's prior: deft[:mean|:sample|:K] (K: mean of K samples;
 deft-dc, deft+dc without and with data-consistency steps), and without training dps, pigdm, dds, ddnm, diffpir, red-diff,
-reconstruction and, with the extra peers, deepinv-dps, deepinv-diffpir, each with [:K]; deft-online trains its own h (one
-weight of the residual per noise level, no network) on the measurement, for one sample. All of them take settings, :NAME=VALUE: steps, and those of deft_med/guidance.py and deft_med/methods.py.
+reconstruction and, with the extra peers, deepinv-dps, deepinv-diffpir, each with [:K]; deft-online trains its own h on the measurement
+(one weight of the residual per noise level, no network), for one sample. All of them take settings, :NAME=VALUE: steps, and those of
+deft_med/guidance.py and deft_med/methods.py.
 
 --tune chooses the settings that a method's text leaves open on the tune subjects, by the grid of configs/benchmark.yaml, the same
 number for each. Slow methods (over 200 evaluations a sample, or backpropagation through the prior) run on six slices, of six subjects

@@ -5,7 +5,8 @@ other classical methods of a problem; networks trained on pairs supervised:DIR, 
 `guidance.METHODS` and, where installed, `peers.PEERS`. Of samplers, conditional ones included, a WORD is a number of samples to average,
 "sample" for one or, where one evaluation at the highest noise level answers, "mean"; they know the setting steps. ``deft+dc`` takes four
 steps of data consistency, ``deft-dc`` none, deft what the card says or ``consistency``; eta, trust and mirrored replace the card's too.
-deft-online trains its own h on the measurement, one weight of the residual per noise level, in so many ``iterations`` at a ``rate``, and draws one sample.
+deft-online trains its own h on the measurement, one weight of the residual per noise level, in so many ``iterations`` at a ``rate``,
+and draws one sample.
 """
 
 from collections.abc import Mapping
