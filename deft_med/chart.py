@@ -38,12 +38,15 @@ def family(method: str) -> str:
 
 
 def labels(rows: Sequence[Mapping]) -> dict[str, str]:
-    """A short name for every method: what a reader calls it and how many samples; its own text where two would be called alike."""
+    """A short name for every method: what a reader calls it and how many samples; where two would be called alike, of how many steps,
+    or its own text."""
     short = {}
     for r in rows:
         entry = parse(r["method"])
         drawn = "mean" if entry.count == 0 else f"{r['samples']} samples" if r["samples"] > 1 else "sample"
         short[r["method"]] = NAMES[entry.name] + (f", {drawn}" if entry.samples else "")
+    alike = {m for m, words in short.items() if list(short.values()).count(words) > 1}
+    short |= {m: f"{short[m]}, {parse(m).steps} steps" for m in alike if parse(m).steps}
     said = list(short.values())
     return {method: words if said.count(words) == 1 else method for method, words in short.items()}
 

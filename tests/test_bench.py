@@ -176,6 +176,12 @@ def test_the_best_finite_mean_is_chosen_and_steps_are_made_up_for() -> None:
     assert tuning.subject_mean(rows, ["a", "b"]) == 22.5 and math.isnan(tuning.subject_mean(rows, ["a", "b", "c"]))
 
 
+def test_methods_that_would_be_called_alike_say_their_steps() -> None:
+    texts = ["diffpir:sample", "diffpir:sample:steps=25", "dds:sample:sd=1", "dds:sample:sd=2", "tv"]
+    names = chart.labels([{"method": m, "samples": 1} for m in texts])
+    assert list(names.values()) == ["DiffPIR, sample, 100 steps", "DiffPIR, sample, 25 steps", *texts[2:4], "TV"]
+
+
 # ------------------------------------------------------------------------------------------------------------ statistics
 def test_differences_are_paired_and_their_interval_is_over_subjects() -> None:
     rows = [{"subject": f"s{k}", "slice": n, "method": m, "psnr": 20.0 + 5 * k + n + gain * (m == "a"), "psnr_body": None, "ssim": 0.5,
