@@ -189,7 +189,7 @@ class Bench:
         else:
             likelihood = self._fed(likelihood, model.filter, model.inverse)
         return draw_posterior(likelihood, model, steps=entry.steps if steps is None else steps, samples=count, seed=self.seed,
-                              consistency=self._consistency(entry))[0]
+                              consistency=self._consistency(entry), zeta=entry.settings.get("zeta"))[0]
 
     def _consistency(self, entry: Entry) -> int:
         fixed = CONSISTENCY.get(entry.name)

@@ -4,7 +4,8 @@ A method is NAME[:WORD...][:SETTING=VALUE...]. Without a network fbp:WINDOW:cuto
 other classical methods of a problem; networks trained on pairs supervised:DIR, conditional:DIR; samplers on the model's prior deft,
 `guidance.METHODS` and, where installed, `peers.PEERS`. Of samplers, conditional ones included, a WORD is a number of samples to average,
 "sample" for one or, where one evaluation at the highest noise level answers, "mean"; they know the setting steps. ``deft+dc`` takes four
-steps of data consistency, ``deft-dc`` none, deft what the card says or ``consistency``; eta, trust and mirrored replace the card's too.
+steps of data consistency, ``deft-dc`` none, deft what the card says or ``consistency``; eta, trust and mirrored replace the card's too,
+and with zeta (1: all of it) the noise is drawn anew at every level, for averages that need fewer images (`pipeline.draw_posterior`).
 deft-online trains its own h on the measurement, one weight of the residual per noise level, in so many ``iterations`` at a ``rate``,
 and draws one sample.
 """
@@ -75,7 +76,7 @@ def parse(text: str) -> Entry:
     folder = parts.pop(0) if name in TRAINED and parts else ""
     if name in TRAINED and not folder:
         raise UsageError(f"method {name} wants the folder of a training: {name}:DIR")
-    known = {"steps", "eta", "trust", "mirrored", "consistency"} if name in POSTERIOR else set(CLASSICAL.get(name, ()))
+    known = {"steps", "eta", "zeta", "trust", "mirrored", "consistency"} if name in POSTERIOR else set(CLASSICAL.get(name, ()))
     if name in GUIDED:
         known = {"steps", *GUIDED[name].settings, *GUIDED[name].walk}
     if name == "deft-online":

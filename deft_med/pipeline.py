@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from deft_med import metrics, trust
 from deft_med.bundle import Model
 from deft_med.errors import UsageError
-from deft_med.guidance import dds
+from deft_med.guidance import dds, renoise
 from deft_med.likelihood import Gaussian
 from deft_med.network import use_half
 from deft_med.problem import Problem, pose, with_known_noise
@@ -211,13 +212,16 @@ def posterior_denoiser(likelihood: Gaussian, model: Model, consistency: int | No
 
 
 def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, samples: int = 1, seed: int = 0, first: int = 0,
-                   consistency: int | None = None, progress: Callable[[int, int], None] | None = None,
+                   consistency: int | None = None, zeta: float | None = None, progress: Callable[[int, int], None] | None = None,
                    watch: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser) -> Tensor:
     """Samples (S, K, C, ny, nx): the posterior mean in one evaluation at sigma_max, then K runs of steps - 1 levels around it.
 
     With steps = 1 it is that mean, (S, 1, C, ny, nx). Slice k, sample j draw from (seed, first + k, j), and slices are computed one by
     one, so that their pixels do not depend on what else is reconstructed. Samples of a slice go ``TOGETHER``: a ray matrix that is read
     once serves them all. ``watch`` may stand between the samplers and the denoisers.
+
+    With ``zeta`` the noise is drawn anew from level to level (`guidance.renoise`): zeta 1 gives images nearer to the posterior mean than
+    samples are, and so their average is there sooner; they say nothing of the posterior's spread.
     """
     slices, shape = len(likelihood.y), likelihood.shape
     levels = sigmas(max(1, steps - 1), low=model.sigma_min, high=START)
@@ -244,7 +248,9 @@ def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, sa
             x = start((count, *shape), START, generators, mean, device=mean.device)
             same = one.take(torch.zeros(count, dtype=torch.long)) if count > 1 else one
             denoiser = watch(posterior_denoiser(same, model, consistency))  # of its own: mirrors take turns from the first call on
-            items.append(dpm(denoiser, x, levels, eta=model.eta, generators=generators, callback=lambda *_, n=count: tick(n)))
+            run: dict[str, Any] = {"generators": generators, "callback": lambda *_, n=count: tick(n)}
+            drawn = dpm(denoiser, x, levels, eta=model.eta, **run) if zeta is None else renoise(denoiser, x, levels, zeta=zeta, **run)
+            items.append(drawn)
     return torch.cat(items).reshape(slices, -1, *shape)
 
 

@@ -176,6 +176,13 @@ def test_the_best_finite_mean_is_chosen_and_steps_are_made_up_for() -> None:
     assert tuning.subject_mean(rows, ["a", "b"]) == 22.5 and math.isnan(tuning.subject_mean(rows, ["a", "b", "c"]))
 
 
+def test_noise_drawn_anew_gives_images_that_lie_closer_together() -> None:
+    scan = simulate(head(1), SMALL)
+    found = {r["method"]: r for r in Bench().measure(scan, ["deft:3:steps=6", "deft:3:steps=6:zeta=1"])}
+    assert found["deft:3:steps=6:zeta=1"]["nfe"] == found["deft:3:steps=6"]["nfe"] == 16
+    assert found["deft:3:steps=6:zeta=1"]["std"] < found["deft:3:steps=6"]["std"]
+
+
 def test_methods_that_would_be_called_alike_say_their_steps() -> None:
     texts = ["diffpir:sample", "diffpir:sample:steps=25", "dds:sample:sd=1", "dds:sample:sd=2", "tv"]
     names = chart.labels([{"method": m, "samples": 1} for m in texts])

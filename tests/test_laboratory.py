@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from deft_med.guidance import dds
+from deft_med.guidance import dds, renoise
 from deft_med.htransform import Deft, HTransform, wiener
 from deft_med.metrics import coverage
 from deft_med.network import UNet
@@ -121,6 +121,9 @@ def test_a_short_run_keeps_the_spread(lab: Laboratory) -> None:
     variance = float(lab.eigenvalues.mean())
     assert dpm(exact, x, levels).var(0).mean() == pytest.approx(variance, rel=0.06)
     assert ddim(exact, x, levels, eta=1, generators=generators).var(0).mean() < 0.85 * variance  # first order narrows it
+    anew = renoise(exact, x, levels, zeta=1.0, generators=generators)  # so does noise that is drawn anew, about the same mean
+    assert anew.var(0).mean() < 0.8 * variance
+    assert (anew.mean(0) - lab.posterior_mean(likelihood.y)).square().mean() < 3 * variance / count
 
 
 def test_the_error_of_an_average_is_one_plus_one_over_k(lab: Laboratory) -> None:
