@@ -147,7 +147,7 @@ class Bench:
         nfe = shared + (calls_ - shared) * count / len(drawn)
         spread = float(drawn[:count].std(0).square().mean().sqrt()) if count > 1 else None
         found = {**_cost(meter, count / len(drawn)), "nfe": nfe, "samples": count, "std": spread}
-        if count < len(drawn):
+        if entry.name in POSTERIOR and count < len(drawn):  # others are drawn one by one
             found["drawn_with"] = len(drawn)  # alone it would have taken longer than its share
         return drawn[:count].mean(0, keepdim=True), found
 

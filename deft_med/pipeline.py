@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -225,6 +225,7 @@ def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, sa
     """
     slices, shape = len(likelihood.y), likelihood.shape
     levels = sigmas(max(1, steps - 1), low=model.sigma_min, high=START)
+    walk = partial(dpm, eta=model.eta) if zeta is None else partial(renoise, zeta=zeta)
     done, total, items = 0, slices * (1 + (samples * (steps - 1) if steps > 1 else 0)), []
 
     def tick(count: int) -> None:
@@ -248,9 +249,7 @@ def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, sa
             x = start((count, *shape), START, generators, mean, device=mean.device)
             same = one.take(torch.zeros(count, dtype=torch.long)) if count > 1 else one
             denoiser = watch(posterior_denoiser(same, model, consistency))  # of its own: mirrors take turns from the first call on
-            run: dict[str, Any] = {"generators": generators, "callback": lambda *_, n=count: tick(n)}
-            drawn = dpm(denoiser, x, levels, eta=model.eta, **run) if zeta is None else renoise(denoiser, x, levels, zeta=zeta, **run)
-            items.append(drawn)
+            items.append(walk(denoiser, x, levels, generators=generators, callback=lambda *_, n=count: tick(n)))
     return torch.cat(items).reshape(slices, -1, *shape)
 
 

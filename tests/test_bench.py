@@ -183,6 +183,15 @@ def test_noise_drawn_anew_gives_images_that_lie_closer_together() -> None:
     assert found["deft:3:steps=6:zeta=1"]["std"] < found["deft:3:steps=6"]["std"]
 
 
+def test_a_time_that_is_a_share_is_marked() -> None:
+    scan, names = simulate(head(1), SMALL), ["deft:sample:steps=3", "deft:2:steps=3", "dds:sample:steps=2", "dds:2:steps=2"]
+    records = [r | {"subject": "a", "slice": 0} for r in Bench().measure(scan, names)]
+    assert {r["method"]: r.get("drawn_with") for r in records} == dict(zip(names, (2, None, None, None), strict=True))
+    numbers = scores.table(scores.summary(records, names, names[1]), "CT", names[1]).partition("Difference")[0]
+    lines = {line.split(" | ")[0]: line for line in numbers.splitlines()}
+    assert [lines[f"| {name}"].count("*") for name in names] == [2, 0, 0, 0], "wall and CPU seconds"
+
+
 def test_methods_that_would_be_called_alike_say_their_steps() -> None:
     texts = ["diffpir:sample", "diffpir:sample:steps=25", "dds:sample:sd=1", "dds:sample:sd=2", "tv"]
     names = chart.labels([{"method": m, "samples": 1} for m in texts])
