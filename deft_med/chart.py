@@ -43,8 +43,9 @@ def labels(rows: Sequence[Mapping]) -> dict[str, str]:
     short = {}
     for r in rows:
         entry = parse(r["method"])
+        anew = ", noise anew" if entry.name in POSTERIOR and "zeta" in entry.settings else ""
         drawn = "mean" if entry.count == 0 else f"{r['samples']} samples" if r["samples"] > 1 else "sample"
-        short[r["method"]] = NAMES[entry.name] + (f", {drawn}" if entry.samples else "")
+        short[r["method"]] = NAMES[entry.name] + (f", {drawn}{anew}" if entry.samples else "")
     alike = {m for m, words in short.items() if list(short.values()).count(words) > 1}
     short |= {m: f"{short[m]}, {parse(m).steps} steps" for m in alike if parse(m).steps}
     said = list(short.values())

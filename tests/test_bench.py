@@ -193,9 +193,10 @@ def test_a_time_that_is_a_share_is_marked() -> None:
 
 
 def test_methods_that_would_be_called_alike_say_their_steps() -> None:
-    texts = ["diffpir:sample", "diffpir:sample:steps=25", "dds:sample:sd=1", "dds:sample:sd=2", "tv"]
+    texts = ["diffpir:sample", "diffpir:sample:steps=25", "dds:sample:sd=1", "dds:sample:sd=2", "tv", "deft:sample:zeta=1"]
     names = chart.labels([{"method": m, "samples": 1} for m in texts])
-    assert list(names.values()) == ["DiffPIR, sample, 100 steps", "DiffPIR, sample, 25 steps", *texts[2:4], "TV"]
+    assert list(names.values()) == ["DiffPIR, sample, 100 steps", "DiffPIR, sample, 25 steps", *texts[2:4], "TV",
+                                    "DEFT, sample, noise anew"]
 
 
 # ------------------------------------------------------------------------------------------------------------ statistics
