@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from .methods import CONSISTENCY, GUIDED, TRAINED, parse
+from .methods import CONSISTENCY, GUIDED, POSTERIOR, TRAINED, parse
 
 FAMILIES = {"without a network": ("#5b6875", "s"), "networks trained on pairs": ("#d55e00", "^"), "guided prior": ("#e69f00", "D"),
             "guided prior, deepinv's code": ("#009e73", "v"), "DEFT": ("#0072b2", "o")}  # fmt: skip
