@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from deft_med.bundle import Model
-from deft_med.pipeline import SAMPLES, STEPS, posed, solve
+from deft_med.pipeline import SAMPLES, STEPS, posed, solve, zeta_of
 from deft_med.problem import with_known_noise
 from deft_med.simulate import slice_generator
 from deft_med.volume import Scan
@@ -49,7 +49,7 @@ def hold_out(scan: Scan, share: float = SHARE, seed: int = 0) -> tuple[Scan, Sca
 
 
 def cross_check(scan: Scan, model: Model | None, methods: Sequence[str], *, share: float = SHARE, steps: int = STEPS,
-                samples: int = SAMPLES, seed: int = 0, device: str = "cpu") -> dict:
+                samples: int = SAMPLES, estimate: str = "average", seed: int = 0, device: str = "cpu") -> dict:
     """How well each method predicts held-out measurements from the others, over all slices.
 
     ``error``: RMS of predicted minus measured over RMS of measured; ``sigmas``: the same RMS in standard deviations of the noise,
@@ -65,7 +65,8 @@ def cross_check(scan: Scan, model: Model | None, methods: Sequence[str], *, shar
         sigma = problem.deviation(torch.from_numpy(noise[index].copy()))
         for method in methods:
             with torch.no_grad():
-                drawn, _ = solve(problem, method, model, steps=steps, samples=samples, seed=seed, index=index)
+                drawn, _ = solve(problem, method, model, steps=steps, samples=samples, seed=seed, index=index,
+                                 zeta=zeta_of(estimate))
                 left = (problem.predict(held.acquisition, drawn.mean(1))[0].cpu() - measured).abs()[there]
             parts = 2 if measured.is_complex() else 1
             of = [float(left.square().sum()), float(measured.abs()[there].square().sum()),

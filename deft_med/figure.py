@@ -95,11 +95,14 @@ def method_name(method: str) -> str:
 
 
 def estimate_name(reconstruction: Any) -> str:
-    """What the volume is: the average of K samples, the posterior mean in one evaluation, one sample; empty for classical methods."""
+    """What the volume is: the average of K samples, a point estimate, the posterior mean in one evaluation, one sample; empty for
+    classical methods."""
     if reconstruction.method in CLASSICAL:
         return ""
     if reconstruction.estimate == "mean":
         return "posterior mean, one evaluation"
+    if reconstruction.estimate == "point":
+        return "point estimate"
     if reconstruction.estimate == "sample" or reconstruction.samples <= 1:
         return "one posterior sample"
     return f"average of {reconstruction.samples} samples"

@@ -266,7 +266,8 @@ def _cross_table(r: Any) -> str:
 
 def _chi2_table(r: Any) -> str:
     shown = method_name(r.method) + ("" if r.method in CLASSICAL else ", shown")
-    names = {"reference": "Reference", "samples": "Posterior samples", "mean": shown}
+    names = {"reference": "Reference", "samples": "Images averaged" if r.estimate == "point" else "Posterior samples",
+             "mean": shown}
     names |= {m: method_name(m) for m in r.chi2 or {} if m not in (*names, r.method, "expected", "deviation", "measurements")}
     rows = [(names[k], f"{r.chi2[k]:.3f}") for k in names if r.chi2 and _finite(r.chi2.get(k))]
     if not rows:

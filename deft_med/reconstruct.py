@@ -31,10 +31,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="NAME|DIR", help="prior and h-transform (default: the shipped one, ct or mri)")
     p.add_argument("--method", default="deft", choices=["deft", "fbp", "tv", "zero-filled", "cg-sense", "wavelet"],
                    help="deft; fbp or tv for CT; zero-filled, cg-sense, wavelet or tv for MR (default: %(default)s)")
-    p.add_argument("--estimate", default="average", choices=["average", "mean", "sample"],
-                   help="average of --samples posterior samples, posterior mean in one evaluation, or one sample (default: %(default)s)")
+    p.add_argument("--estimate", default="average", choices=["average", "point", "mean", "sample"],
+                   help="average of --samples posterior samples; point: as good an image in a quarter of the time, without its "
+                   "uncertainty; posterior mean in one evaluation; or one sample (default: %(default)s)")
     p.add_argument("--steps", type=int, metavar="N", help="denoiser evaluations per sample (default: 20)")
-    p.add_argument("--samples", type=int, metavar="K", help="samples to average (default: 8)")
+    p.add_argument("--samples", type=int, metavar="K", help="samples to average (default: 8; 2 images for point)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: one per core)")
@@ -121,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
         lacks = ("a place in the patient, which the input does not give" if source.modality == "MR" else
                  "a DICOM input, whose patient and study it copies")
         raise UsageError(f"DICOM output wants {lacks}: say --format nifti")
-    from deft_med.pipeline import SAMPLES, STEPS, check_method, reconstruct
+    from deft_med.pipeline import STEPS, check_method, reconstruct
 
     check_method(arguments.method, source.modality)
     if arguments.phase and source.modality != "MR":
@@ -160,7 +161,7 @@ def run(arguments: argparse.Namespace) -> None:
     bar = _Bar(enabled=not arguments.quiet and sys.stderr.isatty())
     result = reconstruct(
         scan, model, method=arguments.method, estimate=arguments.estimate, seed=arguments.seed, device=arguments.device, progress=bar,
-        steps=STEPS if arguments.steps is None else arguments.steps, samples=SAMPLES if arguments.samples is None else arguments.samples)
+        steps=STEPS if arguments.steps is None else arguments.steps, samples=arguments.samples)
     bar.close()
     for warning in result.warnings:
         say(warning)
@@ -169,8 +170,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         methods = list(dict.fromkeys([*result.beside, arguments.method]))
         try:
-            checked = cross_check(scan, model, methods, steps=result.steps, samples=result.samples, seed=arguments.seed,
-                                  device=result.provenance["device"])
+            checked = cross_check(scan, model, methods, steps=result.steps, samples=result.samples, estimate=result.estimate,
+                                  seed=arguments.seed, device=result.provenance["device"])
             result = dataclasses.replace(result, cross_check=checked)
             if checked["units"] < FEW:
                 words = f"the cross-check holds out {checked['units']} views or lines of a slice: which method is ahead may be chance"
@@ -274,7 +275,7 @@ def summary(result, out: str) -> str:
     if result.cross_check:
         missed = {name: 100 * found["error"] for name, found in result.cross_check["methods"].items()}
         parts.append(f"held-out error {missed[result.method]:.1f} %{_beside(result, missed, '.1f')}")
-    known = [("samples", "samples"), ("mean", "mean"), (BASELINES.get(result.baseline, result.baseline), result.baseline)]
+    known = [("images" if result.estimate == "point" else "samples", "samples"), ("mean", "mean"), (BASELINES.get(result.baseline, result.baseline), result.baseline)]
     misfits = [f"{result.chi2[key]:.3f} ({name})" for name, key in known if key in result.chi2]
     parts.append(f"chi2 {', '.join(misfits)}, expected 1 +- {result.chi2['deviation']:.3f}")
     return f"done in {sum(result.timing.values()):.1f} s: {', '.join(parts)}; open {out}/report.html"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binom, norm
+from scipy.special import bdtr, ndtri  # scipy.stats would take seconds to load
 
 from deft_med.card import ALL, Calibration, Card
 from deft_med.metrics import LEVEL, MASKS, coverage, reach
@@ -57,12 +57,13 @@ def judge(chi2: Sequence[float], card: Card, protocol: str | None, deviation: fl
     made: dict[str, Any] = {"chi2": list(chi2), "limit": None, "because": None, "above": [], "check": None}
     if found is None:
         return made
-    limit = max(found.chi2_99, 1 + norm.ppf(1 - SELDOM) * deviation)
+    limit = max(found.chi2_99, 1 + ndtri(1 - SELDOM) * deviation)
     because = (f"the 99th percentile of {found.slices} slices of tune subjects" if limit == found.chi2_99 else
                f"below which noise alone leaves 99 % of true images; the {found.slices} slices of tune subjects stayed below "
                f"{found.chi2_99:.3g}")
     above = [index + 1 for index, value in enumerate(chi2) if not value <= limit]
-    failed = len(above) > binom.ppf(1 - SELDOM, len(chi2), SELDOM) or any(not chi2[k - 1] <= max(DOUBTFUL, limit) for k in above)
+    many = bool(above) and bdtr(len(above) - 1, len(chi2), SELDOM) >= 1 - SELDOM
+    failed = many or any(not chi2[k - 1] <= max(DOUBTFUL, limit) for k in above)
     return made | {"limit": limit, "because": because, "above": above, "check": "failed" if failed else "passed"}
 
 

@@ -72,6 +72,9 @@ def test_the_estimates(model: Model) -> None:
     assert average.samples == 3 and average.std is not None and set(average.chi2) >= {"mean", "samples", "fbp", "reference"}
     sample = reconstruct(scan, model, estimate="sample", steps=4, samples=3)
     assert sample.samples == 1 and sample.std is None
+    point = reconstruct(scan, model, estimate="point", steps=4)
+    assert point.samples == 2 and point.std is None and point.interval is None and "quality" in point.trust
+    assert not np.array_equal(point.volume.data, reconstruct(scan, model, steps=4, samples=2).volume.data)
     mean = reconstruct(scan, model, estimate="mean")
     assert "samples" not in mean.chi2
     assert average.metrics["deft"]["psnr"][0] != average.metrics["fbp"]["psnr"][0]
