@@ -254,14 +254,21 @@ def _cross_table(r: Any) -> str:
     if not found:
         return ""
     share = r.cross_check.get("share")
-    rows = [(method_name(m), _format(100 * v["error"], "{:.2f} %"), _format(v["sigmas"], "{:.2f}")) for m, v in found.items()]
+    rows = [(method_name(m), _format(100 * v["error"], "{:.2f} %"), _format(v["sigmas"], "{:.2f}"), _behind(v)) for m, v in found.items()]
     part = f"{100 * share:g} %" if _finite(share) else "A part"
     text = (f"{part} of the measurements was held out. Each method reconstructed the image from the rest, and what that image predicts was "
-            "compared with what had been measured. Error: RMS of predicted minus measured, in per cent of the RMS of the measured. In "
-            "sigmas: the same RMS in units of the noise; the true image would reach 1.")  # fmt: skip
+            "compared with what had been measured. Error: RMS of predicted minus measured, in per cent of the RMS of the measured. "
+            "In sigmas: the same RMS in units of the noise; the true image would reach 1. Behind the best: the difference of the errors, ± "
+            "its standard error over what was held out; two methods less than two of these apart are level.")  # fmt: skip
     own = list(found).index(r.method) if r.method in found else -1
-    head = ("Method", "Error", "In sigmas")
+    head = ("Method", "Error", "In sigmas", "Behind the best")
     return f"<section>{_table('Prediction of measurements that were held out', text, head, rows, strong=own)}</section>"
+
+
+def _behind(found: dict[str, Any]) -> str:
+    if not found.get("behind"):
+        return "–"
+    return f"{100 * found['behind']:.2f} %" + (f" ± {100 * found['behind_se']:.2f}" if _finite(found["behind_se"]) else "")
 
 
 def _chi2_table(r: Any) -> str:

@@ -275,7 +275,8 @@ def summary(result, out: str) -> str:
     if result.cross_check:
         missed = {name: 100 * found["error"] for name, found in result.cross_check["methods"].items()}
         parts.append(f"held-out error {missed[result.method]:.1f} %{_beside(result, missed, '.1f')}")
-    known = [("images" if result.estimate == "point" else "samples", "samples"), ("mean", "mean"), (BASELINES.get(result.baseline, result.baseline), result.baseline)]
+    known = [("images" if result.estimate == "point" else "samples", "samples"), ("mean", "mean"),
+             (BASELINES.get(result.baseline, result.baseline), result.baseline)]
     misfits = [f"{result.chi2[key]:.3f} ({name})" for name, key in known if key in result.chi2]
     parts.append(f"chi2 {', '.join(misfits)}, expected 1 +- {result.chi2['deviation']:.3f}")
     return f"done in {sum(result.timing.values()):.1f} s: {', '.join(parts)}; open {out}/report.html"

@@ -118,6 +118,8 @@ def test_ct_is_held_out_view_by_view() -> None:
     checked = cross_check(scan, None, ["fbp", "tv"])
     assert checked["units"] == 2 and checked["methods"]["tv"]["sigmas"] == pytest.approx(1, abs=0.35)
     assert checked["methods"]["tv"]["error"] < checked["methods"]["fbp"]["error"]
+    assert checked["methods"]["tv"]["behind"] == checked["methods"]["tv"]["behind_se"] == 0
+    assert checked["methods"]["fbp"]["behind"] > 3 * checked["methods"]["fbp"]["behind_se"] > 0
 
 
 def test_the_cross_check_ranks_methods_without_a_reference() -> None:
@@ -125,6 +127,18 @@ def test_the_cross_check_ranks_methods_without_a_reference() -> None:
     errors = {name: found["error"] for name, found in checked["methods"].items()}
     assert errors["tv"] < errors["zero-filled"]
     assert checked["methods"]["tv"]["sigmas"] > 0.8
+    zero = checked["methods"]["zero-filled"]
+    assert zero["behind"] == errors["zero-filled"] - min(errors.values()) and 0 < zero["behind_se"] < zero["behind"]
+
+
+def test_the_standard_error_of_a_difference_is_that_of_the_units() -> None:
+    """Many patterns of held-out points: the spread of the difference between two methods is what one of them says."""
+    scan, found = study("poisson"), []
+    for seed in range(24):
+        methods = cross_check(scan, None, ["zero-filled", "cg-sense"], seed=seed, share=0.02)["methods"]
+        found.append((methods["zero-filled"]["error"] - methods["cg-sense"]["error"], methods["zero-filled"]["behind_se"]))
+    differences, errors = np.array(found).T
+    assert 0.5 < np.std(differences) / np.mean(errors) < 1.5
 
 
 def test_protocols_tell_their_modality() -> None:
