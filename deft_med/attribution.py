@@ -152,7 +152,7 @@ def readme(card: Card) -> str:
         f"- Pixel sizes {low:g} to {high:g} mm, fields of view {card.field_of_view_mm[0]:g} to {card.field_of_view_mm[1]:g} mm, {values}.",
     ]
     for one in card.protocols:
-        text = f"- Trained on {_GEOMETRIES.get(one.geometry, one.geometry)} acquisitions"
+        text = f"- Accepts {_GEOMETRIES.get(one.geometry, one.geometry)} acquisitions"
         text += f", {one.views[0]} to {one.views[1]} views" if one.views else ""
         text += f" over {one.coverage_deg[0]:g} to {one.coverage_deg[1]:g} degrees" if one.coverage_deg else ""
         text += f", {one.coils[0]} to {one.coils[1]} coils, acceleration {one.acceleration[0]:g} to {one.acceleration[1]:g}" \

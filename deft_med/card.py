@@ -274,15 +274,15 @@ def out_of_scope(card: Card, *, modality: str, pixel_size_mm: tuple[float, float
         raise TypeError(f"unknown numbers {sorted(unknown)}: known are {', '.join(JUDGED)}")
     found = []
     if modality != card.modality:
-        found.append(f"modality {modality}: the model was trained on {card.modality}")
+        found.append(f"modality {modality}: the model accepts {card.modality}")
     if anatomy is not None and anatomy.lower() not in {a.lower() for a in card.anatomy}:
-        found.append(f"anatomy {anatomy.lower()}: the model was trained on {', '.join(card.anatomy)}")
+        found.append(f"anatomy {anatomy.lower()}: the model accepts {', '.join(card.anatomy)}")
     for size in sorted(set(pixel_size_mm or ())):
         found += _outside("pixel size", size, card.pixel_size_mm, "mm")
     found += _outside("field of view", field_of_view_mm, card.field_of_view_mm, "mm")
     objections = []
     for one in card.protocols:
-        these = [] if geometry in (None, one.geometry) else [f"{geometry} acquisition: the model was trained on {one.geometry} ones"]
+        these = [] if geometry in (None, one.geometry) else [f"{geometry} acquisition: the model accepts {one.geometry} ones"]
         for name, value in numbers.items():
             (what, unit), allowed = JUDGED[name], getattr(one, name)
             if value is None:
@@ -301,4 +301,4 @@ def _outside(what: str, value: float | None, allowed: tuple[float, float], unit:
     low, high = allowed
     if value is None or low * (1 - slack) <= value <= high * (1 + slack):
         return []
-    return [f"{what} {value:.3g} {unit}".rstrip() + f": the model was trained on {low:g} to {high:g} {unit}".rstrip()]
+    return [f"{what} {value:.3g} {unit}".rstrip() + f": the model accepts {low:g} to {high:g} {unit}".rstrip()]

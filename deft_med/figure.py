@@ -94,18 +94,12 @@ def method_name(method: str) -> str:
     return METHODS.get(method, method.upper() if len(method) <= 5 else method)
 
 
-def estimate_name(reconstruction: Any) -> str:
-    """What the volume is: the average of K samples, a point estimate, the posterior mean in one evaluation, one sample; empty for
-    classical methods."""
-    if reconstruction.method in CLASSICAL:
+def estimate_name(r: Any) -> str:
+    """What the volume is: the average of K samples, a point estimate, the posterior mean, one sample; nothing for classical methods."""
+    if r.method in CLASSICAL:
         return ""
-    if reconstruction.estimate == "mean":
-        return "posterior mean, one evaluation"
-    if reconstruction.estimate == "point":
-        return "point estimate"
-    if reconstruction.estimate == "sample" or reconstruction.samples <= 1:
-        return "one posterior sample"
-    return f"average of {reconstruction.samples} samples"
+    names = {"mean": "posterior mean, one evaluation", "point": "point estimate", "sample": "one posterior sample"}
+    return names.get(r.estimate) or (f"average of {r.samples} samples" if r.samples > 1 else names["sample"])
 
 
 def others(reconstruction: Any) -> dict[str, Any]:

@@ -257,9 +257,9 @@ def _cross_table(r: Any) -> str:
     rows = [(method_name(m), _format(100 * v["error"], "{:.2f} %"), _format(v["sigmas"], "{:.2f}"), _behind(v)) for m, v in found.items()]
     part = f"{100 * share:g} %" if _finite(share) else "A part"
     text = (f"{part} of the measurements was held out. Each method reconstructed the image from the rest, and what that image predicts was "
-            "compared with what had been measured. Error: RMS of predicted minus measured, in per cent of the RMS of the measured. "
-            "In sigmas: the same RMS in units of the noise; the true image would reach 1. Behind the best: the difference of the errors, ± "
-            "its standard error over what was held out; two methods less than two of these apart are level.")  # fmt: skip
+            "compared with what had been measured. Error: RMS of predicted minus measured, in per cent of the RMS of the measured. In "
+            "sigmas: the same RMS in units of the noise, whose level may itself be an estimate; the true image would reach 1. Behind the "
+            "best: the difference of the errors, ± its standard error over what was held out.")  # fmt: skip
     own = list(found).index(r.method) if r.method in found else -1
     head = ("Method", "Error", "In sigmas", "Behind the best")
     return f"<section>{_table('Prediction of measurements that were held out', text, head, rows, strong=own)}</section>"

@@ -27,7 +27,7 @@ METHODS = {"CT": ("deft", "fbp", "tv"), "MR": ("deft", "zero-filled", "cg-sense"
 ESTIMATES = ("average", "point", "mean", "sample")
 UNITS = {"CT": "HU", "MR": "a.u."}
 STEPS, SAMPLES = 20, 8
-POINT = 2  # images behind a point estimate: as near to the reference as the average of SAMPLES, with a quarter of the evaluations
+POINT = 2  # images behind a point estimate: within 0.2 dB of the average of SAMPLES, with a quarter of the evaluations
 TOGETHER = 8  # samples of a slice that are computed in one batch
 START = 3.0  # noise level around the posterior mean where samples start: far above the posterior's own spread
 

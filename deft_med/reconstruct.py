@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--method", default="deft", choices=["deft", "fbp", "tv", "zero-filled", "cg-sense", "wavelet"],
                    help="deft; fbp or tv for CT; zero-filled, cg-sense, wavelet or tv for MR (default: %(default)s)")
     p.add_argument("--estimate", default="average", choices=["average", "point", "mean", "sample"],
-                   help="average of --samples posterior samples; point: as good an image in a quarter of the time, without its "
-                   "uncertainty; posterior mean in one evaluation; or one sample (default: %(default)s)")
+                   help="average of --samples posterior samples; point: nearly the same image in a quarter of the time, without "
+                   "its uncertainty; posterior mean in one evaluation; or one sample (default: %(default)s)")
     p.add_argument("--steps", type=int, metavar="N", help="denoiser evaluations per sample (default: 20)")
     p.add_argument("--samples", type=int, metavar="K", help="samples to average (default: 8; 2 images for point)")
     p.add_argument("--seed", type=int, default=0)
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--modality", choices=["CT", "MR"], help="what a NIfTI file holds, where its values do not tell")
     p.add_argument("--phase", action="store_true", help="MR: also write the phase, in rad, as volume_phase.nii.gz")
     p.add_argument("--cross-check", action="store_true",
-                   help="also predict 5 %% of the measurements from the others, by every method that is shown")
+                   help="also predict 5 %% of the measurements from the others, by every method that is shown; with deft also by tv")
     p.add_argument("--overwrite", action="store_true", help="replace the output of an earlier run")
     p.add_argument("--allow-lossy", action="store_true", help="accept a source that went through lossy compression; recorded")
     p.add_argument("--out-of-scope-ok", action="store_true", help="run a scan that the model's card does not cover; recorded")
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
         lacks = ("a place in the patient, which the input does not give" if source.modality == "MR" else
                  "a DICOM input, whose patient and study it copies")
         raise UsageError(f"DICOM output wants {lacks}: say --format nifti")
-    from deft_med.pipeline import STEPS, check_method, reconstruct
+    from deft_med.pipeline import METHODS, STEPS, check_method, reconstruct
 
     check_method(arguments.method, source.modality)
     if arguments.phase and source.modality != "MR":
@@ -168,13 +168,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.cross_check:
         from deft_med.crosscheck import FEW, cross_check
 
-        methods = list(dict.fromkeys([*result.beside, arguments.method]))
+        methods = METHODS[source.modality] if arguments.method == "deft" else tuple(dict.fromkeys([*result.beside, arguments.method]))
         try:
             checked = cross_check(scan, model, methods, steps=result.steps, samples=result.samples, estimate=result.estimate,
                                   seed=arguments.seed, device=result.provenance["device"])
             result = dataclasses.replace(result, cross_check=checked)
             if checked["units"] < FEW:
-                words = f"the cross-check holds out {checked['units']} views or lines of a slice: which method is ahead may be chance"
+                words = f"the cross-check holds out {checked['units']} views or lines: which method is ahead may be chance"
                 say(words)
                 result = dataclasses.replace(result, warnings=(*result.warnings, words))
         except ValueError as error:  # too little to hold out: the reconstruction stands

@@ -225,15 +225,15 @@ def test_a_scan_within_the_card(card: Card) -> None:
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"pixel": 0.66, "size": 128}, "field of view 84.5 mm: the model was trained on 180 to 560 mm"),
+    ({"pixel": 0.66, "size": 128}, "field of view 84.5 mm: the model accepts 180 to 560 mm"),
     ({"pixel": 0.66, "size": 300}, "pixel size 0.66 mm"),
     ({"pixel": 2.3, "size": 240}, "pixel size 2.3 mm"),
-    ({"views": 12}, "number of views 12: the model was trained on 18 to 180"),
+    ({"views": 12}, "number of views 12: the model accepts 18 to 180"),
     ({"coverage": np.pi / 3}, "angular coverage 60 degrees"),
     ({"noise": 0.2}, "noise 20 % of the mean line integral"),
     ({"noise": np.geomspace(0.005, 0.05, 60)[:, None]}, ""),
     ({"noise": np.geomspace(0.1, 1, 60)[:, None]}, "dose .* photons per ray"),
-    ({"fan": True}, "fan acquisition: the model was trained on parallel ones"),
+    ({"fan": True}, "fan acquisition: the model accepts parallel ones"),
 ])  # fmt: skip
 def test_a_scan_outside_the_card(card: Card, changes: dict[str, Any], message: str) -> None:
     import re
@@ -245,7 +245,7 @@ def test_a_scan_outside_the_card(card: Card, changes: dict[str, Any], message: s
 def test_modality_and_anatomy_count(card: Card) -> None:
     common: dict[str, Any] = {"pixel_size_mm": (1.0, 1.0), "field_of_view_mm": 256.0}
     assert out_of_scope(card, modality="CT", anatomy="HEAD", **common) == []
-    assert out_of_scope(card, modality="MR", **common) == ["modality MR: the model was trained on CT"]
+    assert out_of_scope(card, modality="MR", **common) == ["modality MR: the model accepts CT"]
     assert "anatomy knee" in out_of_scope(card, modality="CT", anatomy="KNEE", **common)[0]
 
 

@@ -111,7 +111,7 @@ def test_tv_and_cross_checks_take_what_was_not_measured() -> None:
     assert result.chi2["mean"] < 1.2 < result.chi2["fbp"]
     checked = cross_check(scan, None, ["fbp"])["methods"]["fbp"]
     assert all(math.isfinite(value) for value in checked.values())
-    kept, held = hold_out(study("ct_counts"))
+    kept, held, _ = hold_out(study("ct_counts"))
     assert kept.counts.values.shape == kept.y.shape and held.counts.values.shape == held.y.shape
     with pytest.raises(ValueError, match="thick slices share no rows"):
         hold_out(study("ct_superresolution"))
