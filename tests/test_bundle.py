@@ -314,7 +314,7 @@ def test_the_readme_of_an_mr_model_speaks_of_k_space() -> None:
         modality="MR", channels=2, window=window, protocols=[{"geometry": "cartesian", **protocol}, {"geometry": "trajectory"}],
         training_data=[dataclasses.asdict(row) for row in collections([SOURCED])], licence="CC-BY-4.0", deft_med="0.1.0",
         sha256=dict.fromkeys(WEIGHTS, "0" * 64))))
-    assert "u = (" not in text and "of its k-space" in text and "Trained on non-Cartesian acquisitions." in text
+    assert "u = (" not in text and "of its k-space" in text and "Accepts non-Cartesian acquisitions." in text
     assert "Cartesian acquisitions, 1 to 16 coils, acceleration 2 to 10, noise 0.3 to 10 % of the image's scale." in text
 
 
