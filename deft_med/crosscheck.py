@@ -64,28 +64,28 @@ def cross_check(scan: Scan, model: Model | None, methods: Sequence[str], *, shar
     kept, held, unit = hold_out(with_known_noise(scan), share, seed)
     noise = np.broadcast_to(held.noise, held.y.shape)  # type: ignore[arg-type]
     misses: dict[str, Any] = dict.fromkeys(methods, 0.0)
-    sums: dict[str, list[float]] = {method: [0.0] * 3 for method in methods}
+    misfit: dict[str, float] = dict.fromkeys(methods, 0.0)
+    power, number = 0.0, 0
     for index in range(len(held.y)):
         problem = posed(kept, index, model, device)
         measured, there = torch.from_numpy(held.y[index]), torch.from_numpy(held.y[index] != 0)
-        sigma = problem.deviation(torch.from_numpy(noise[index].copy()))
+        sigma = problem.deviation(torch.from_numpy(noise[index].copy())).expand(measured.shape)
+        power += float((measured.abs() * there).square().sum())
+        number += (2 if measured.is_complex() else 1) * int(there.sum())
         for method in methods:
             with torch.no_grad():
                 drawn, _ = solve(problem, method, model, steps=steps, samples=samples, seed=seed, index=index, zeta=zeta_of(estimate))
                 left = (problem.predict(held.acquisition, drawn.mean(1))[0].cpu() - measured).abs() * there
-            parts = 2 if measured.is_complex() else 1
-            of = [float((measured.abs() * there).square().sum()), float((left / sigma.expand(measured.shape))[there].square().sum()),
-                  parts * int(there.sum())]
-            sums[method] = [a + b for a, b in zip(sums[method], of, strict=True)]
+            misfit[method] += float((left / sigma)[there].square().sum())
             misses[method] = misses[method] + _by_unit(left.square().double().numpy(), unit)
-    error = {name: math.sqrt(float(each.sum()) / sums[name][0]) for name, each in misses.items()}
+    error = {name: math.sqrt(float(each.sum()) / power) for name, each in misses.items()}
     best, count = min(error, key=lambda name: error[name]), int(unit.max()) + 1
 
     def behind_se(name: str) -> float | None:  # by the delta method: d error = d (sum of squares) / (2 error measured)
         each = (misses[name] / error[name] - misses[best] / error[best]) / 2
-        return float(each.std(ddof=1) * math.sqrt(count)) / sums[name][0] if count >= FEW else None
+        return float(each.std(ddof=1) * math.sqrt(count)) / power if count >= FEW else None
 
-    found = {name: {"error": error[name], "sigmas": math.sqrt(sums[name][1] / sums[name][2]), "behind": error[name] - error[best],
+    found = {name: {"error": error[name], "sigmas": math.sqrt(misfit[name] / number), "behind": error[name] - error[best],
                     "behind_se": behind_se(name)} for name in misses}
     return {"share": share, "units": count, "methods": found}
 

@@ -4,7 +4,6 @@ Each stands for an h = (D' - D) / sigma^2, its guess of grad_x ln p_sigma(y | x)
 their settings, `sample_with` runs any of them. In their fixed step sizes the data are scaled so that |A / s| = 1 (`sharpness`).
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from deft_med.likelihood import Gaussian
-from deft_med.sample import Callback, ddim, start
+from deft_med.sample import Callback, ddim, renoise, start
 from deft_med.schedule import SIGMA_MAX, SIGMA_MIN, Denoiser, edm_to_vp, per_item, sigmas, vp_to_edm
 from operators.linear import LinearOperator
 from operators.noise import gaussian
@@ -162,20 +161,6 @@ def diffpir(denoiser: Denoiser, likelihood: Data, *, weight: float = 1.0, iterat
         return z
 
     return posterior
-
-
-def renoise(denoiser: Denoiser, x: Tensor, sigmas: Tensor, *, zeta: float = 0.3, generators: Sequence[Generator] = (),
-            callback: Callback | None = None) -> Tensor:
-    """DiffPIR's sampler: from level s to t, x <- D' + t (sqrt(1 - zeta) (x - D') / s + sqrt(zeta) n). Zhu et al. 2023, algorithm 1.
-
-    It is `ddim` with eta^2 = zeta / (1 - t^2 / s^2) at each step: where steps are short more than the ancestral noise (eta 1), so that,
-    unlike ddim's, its limit of many steps is not the reverse diffusion.
-    """
-    for step in range(len(sigmas) - 1):
-        s, t = sigmas[step : step + 2].tolist()
-        tell = None if callback is None else lambda _, d, step=step: callback(step, d)
-        x = ddim(denoiser, x, sigmas[step : step + 2], eta=math.sqrt(zeta / (1 - (t / s) ** 2)), generators=generators, callback=tell)
-    return x
 
 
 # ----------------------------------------------------------------------------------------- by a gradient; any likelihood

@@ -211,7 +211,7 @@ def _cards(r: Any) -> str:
         cards.append(("Held-out error", _format(errors[r.method], "{:.1f} %"), note))
     if r.chi2 and _finite(r.chi2.get("mean")):
         key = "samples" if _finite(r.chi2.get("samples")) else "mean"
-        note = f"{'samples' if key == 'samples' else 'image'}, expected 1"
+        note = f"{'image' if key == 'mean' else 'images' if r.estimate == 'point' else 'samples'}, expected 1"
         note += f" ± {r.chi2['deviation']:.2g}" if _finite(r.chi2.get("deviation")) else ""
         cards.append(("Data consistency χ²", f"{r.chi2[key]:.3f}", note))
     if made := _trust(r, "interval"):

@@ -12,11 +12,11 @@ from torch import Tensor
 from deft_med import metrics, trust
 from deft_med.bundle import Model
 from deft_med.errors import UsageError
-from deft_med.guidance import dds, renoise
+from deft_med.guidance import dds
 from deft_med.likelihood import Gaussian
 from deft_med.network import use_half
 from deft_med.problem import Problem, pose, with_known_noise
-from deft_med.sample import dpm, start
+from deft_med.sample import dpm, renoise, start
 from deft_med.schedule import Denoiser, sigmas
 from deft_med.simulate import slice_generator
 from deft_med.stopwatch import Clock, shares
@@ -230,7 +230,7 @@ def draw_posterior(likelihood: Gaussian, model: Model, *, steps: int = STEPS, sa
     one, so that their pixels do not depend on what else is reconstructed. Samples of a slice go ``TOGETHER``: a ray matrix that is read
     once serves them all. ``watch`` may stand between the samplers and the denoisers.
 
-    With ``zeta`` the noise is drawn anew from level to level (`guidance.renoise`): zeta 1 gives images nearer to the posterior mean than
+    With ``zeta`` the noise is drawn anew from level to level (`sample.renoise`): zeta 1 gives images nearer to the posterior mean than
     samples are, and so their average is there sooner; they say nothing of the posterior's spread.
     """
     slices, shape = len(likelihood.y), likelihood.shape

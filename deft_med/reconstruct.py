@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--method", default="deft", choices=["deft", "fbp", "tv", "zero-filled", "cg-sense", "wavelet"],
                    help="deft; fbp or tv for CT; zero-filled, cg-sense, wavelet or tv for MR (default: %(default)s)")
     p.add_argument("--estimate", default="average", choices=["average", "point", "mean", "sample"],
-                   help="average of --samples posterior samples; point: nearly the same image in a quarter of the time, without "
+                   help="average of --samples posterior samples; point: nearly the same image in a quarter of the evaluations, without "
                    "its uncertainty; posterior mean in one evaluation; or one sample (default: %(default)s)")
     p.add_argument("--steps", type=int, metavar="N", help="denoiser evaluations per sample (default: 20)")
     p.add_argument("--samples", type=int, metavar="K", help="samples to average (default: 8; 2 images for point)")

@@ -51,6 +51,20 @@ def ddim(denoiser: Denoiser, x: Tensor, sigmas: Tensor, *, eta: float = 1.0, gen
     return x
 
 
+def renoise(denoiser: Denoiser, x: Tensor, sigmas: Tensor, *, zeta: float = 0.3, generators: Sequence[Generator] = (),
+            callback: Callback | None = None) -> Tensor:
+    """DiffPIR's sampler: from level s to t, x <- D' + t (sqrt(1 - zeta) (x - D') / s + sqrt(zeta) n). Zhu et al. 2023, algorithm 1.
+
+    It is `ddim` with eta^2 = zeta / (1 - t^2 / s^2) at each step: where steps are short more than the ancestral noise (eta 1), so that,
+    unlike ddim's, its limit of many steps is not the reverse diffusion.
+    """
+    for step in range(len(sigmas) - 1):
+        s, t = sigmas[step : step + 2].tolist()
+        tell = None if callback is None else lambda _, d, step=step: callback(step, d)
+        x = ddim(denoiser, x, sigmas[step : step + 2], eta=math.sqrt(zeta / (1 - (t / s) ** 2)), generators=generators, callback=tell)
+    return x
+
+
 def dpm(denoiser: Denoiser, x: Tensor, sigmas: Tensor, *, eta: float = 0.0, generators: Sequence[Generator] = (),
         callback: Callback | None = None) -> Tensor:
     """Second-order multistep sampling at one evaluation a step (DPM-Solver++(2M), Lu et al. 2022, arXiv 2211.01095).

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from deft_med.guidance import METHODS, ddnm, dds, diffpir, dps, pigdm, reconstruction, red_diff, renoise, sample_with, sharpness, vp_sigmas
+from deft_med.guidance import METHODS, ddnm, dds, diffpir, dps, pigdm, reconstruction, red_diff, sample_with, sharpness, vp_sigmas
 from deft_med.intensity import Affine
 from deft_med.likelihood import Gaussian
-from deft_med.sample import ddim, start
+from deft_med.sample import ddim, renoise, start
 from deft_med.schedule import edm_to_vp, in_turns, sigmas
 from deft_med.simulate import coil_maps
 from deft_med.testing import Laboratory

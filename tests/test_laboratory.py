@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from deft_med.guidance import dds, renoise
+from deft_med.guidance import dds
 from deft_med.htransform import Deft, HTransform, wiener
 from deft_med.metrics import coverage
 from deft_med.network import UNet
 from deft_med.prior import Prior, denoising_loss, scalings
-from deft_med.sample import ddim, dpm, heun, start
+from deft_med.sample import ddim, dpm, heun, renoise, start
 from deft_med.schedule import edm_to_vp, sigmas, vp_to_edm
 from deft_med.testing import Laboratory
 from operators.linear import LinearOperator
