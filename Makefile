@@ -25,7 +25,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@echo "installing into $(VENV): minutes the first time, once"
 	@$(PIP) install --quiet "$$(grep '^torch==' requirements.lock)" "$$(grep '^setuptools==' requirements.lock)"
 	@$(PIP) install --quiet -r requirements.lock
-	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@$(PIP) install --quiet --no-deps --no-build-isolation --config-settings editable_mode=compat -e .  # found from any folder, also the one above
 	@touch $@
 
 install: $(STAMP)

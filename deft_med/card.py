@@ -25,6 +25,7 @@ NOISES = ("gaussian_percent", "photons", "noise_of_scale_percent")
 WEIGHTS = ("prior.safetensors", "h.safetensors")
 ALL = "all"  # name of the calibration over all protocols
 SLACK = 0.02  # by how much, relatively, a scan may leave a range: lengths and noise levels are rounded on the way
+DOSED = 0.1  # the same for a dose, which is read off the rays' own scatter
 GUESSED = 0.5  # the same for a noise level that was estimated
 
 
@@ -292,7 +293,8 @@ def out_of_scope(card: Card, *, modality: str, pixel_size_mm: tuple[float, float
                 continue
             if name == "coverage_deg":  # more than a half turn of parallel rays measures nothing new
                 value = min(value, allowed[1])
-            these += _outside(what, value, allowed, unit, slack if name in NOISES else SLACK)
+            least = DOSED if name == "photons" else SLACK
+            these += _outside(what, value, allowed, unit, max(slack, least) if name in NOISES else SLACK)
         objections.append(these)
     return found + (min(objections, key=len) if objections else [])
 

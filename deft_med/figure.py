@@ -116,7 +116,8 @@ def held_out(reconstruction: Any) -> dict[str, dict[str, float]]:
 def marks(reconstruction: Any) -> list[str]:
     """The warnings that every figure and page carries in capitals."""
     r, known = reconstruction, reconstruction.provenance.get
-    return [m for m, so in (("SIMULATED", r.simulated), ("OUT OF SCOPE", known("out_of_scope")), ("CHECK FAILED", known("quality"))) if so]
+    so = {"SIMULATED": r.simulated, "OUT OF SCOPE": known("out_of_scope"), "CHECK FAILED": known("quality") == "failed"}
+    return [mark for mark, holds in so.items() if holds]
 
 
 def score(reconstruction: Any, method: str, index: int) -> str:

@@ -88,9 +88,10 @@ def scale_of(kspace: Tensor, size: int = 24) -> Tensor:
     (ny, nx), fine = kspace.shape[-2:], 2 * size
     rows, columns, taper = _centre(kspace, size)
     centre = kspace[..., rows, columns] * taper
-    images = torch.fft.ifft2(centre, s=(fine, fine), norm="ortho") * (fine / math.sqrt(ny * nx))
+    peak = centre.abs().amax((-3, -2, -1), keepdim=True).clamp(min=1e-37)  # files hold 1e-6 as well as 1e6: no square leaves float32
+    images = torch.fft.ifft2(centre / peak, s=(fine, fine), norm="ortho") * (fine / math.sqrt(ny * nx))
     rss = images.abs().square().sum(-3).sqrt().flatten(-2)
-    return rss.kthvalue(round(0.99 * fine**2), dim=-1).values
+    return rss.kthvalue(round(0.99 * fine**2), dim=-1).values * peak[..., 0, 0, 0]
 
 
 def _centre(kspace: Tensor, size: int) -> tuple[slice, slice, Tensor]:

@@ -33,7 +33,7 @@ from .figure import (
     std_range,
 )
 from .metrics import mean_sd
-from .trust import worth
+from .trust import DIRECT, worth
 
 LIMIT = 8_000_000
 """Bytes that a page may have: of a long series, evenly spaced slices are embedded."""
@@ -280,14 +280,18 @@ def _chi2_table(r: Any) -> str:
     if not rows:
         return ""
     expected = f"{r.chi2.get('expected', 1.0):g}"
-    expected += f" ± {r.chi2['deviation']:.3f} (√(2 / M), M = {r.chi2['measurements']} measurements)" if "deviation" in r.chi2 else ""
+    expected += f" ± {r.chi2['deviation']:.1g} (√(2 / M), M = {r.chi2['measurements']} measurements)" if "deviation" in r.chi2 else ""
     text = (f"Mean of ((y − A x) / σ)² over the measurements. Expected {expected} for the true image and for a posterior sample, less "
             "for a mean of samples; much more means that the image contradicts the data. What the grid and the model of the measurements "
             "cannot show adds to it")  # fmt: skip
     text += ": the reference's own χ² says how much." if "reference" in names and _finite(r.chi2.get("reference")) else "."
+    text += "" if look(r).unit != "HU" else (" 0.85 to 1 is usual in CT: the noise level here allows for detail finer than the pixels, "
+                                             "and most scans have less of it.")  # fmt: skip
     if limit := _trust(r, "quality").get("limit"):
         text += f" Here the limit is {limit:.3f}, {_trust(r, 'quality')['because']}."
         text += f" The check {_trust(r, 'quality')['check']}."
+    elif r.method in DIRECT:
+        text += f" Nothing is checked: {method_name(r.method)} is one formula, which need not meet the data."
     return f"<section>{_table('Agreement with the data', text, ('Image', 'χ²'), rows)}</section>"
 
 
@@ -302,6 +306,7 @@ def _trust_table(r: Any) -> str:
     known = (("Wanted", made["level"]), ("On the subjects of the calibration", made.get("coverage_on_tune_subjects")),
              (f"Here, in the {prior['region']} of the reference", made.get("coverage")))
     rows = [(name, f"{100 * value:.1f} %") for name, value in known if value is not None]
+    rows += [("Here", "not known without a reference")] * (made.get("coverage") is None)
     text = (f"The interval of a pixel is its value ± {made['half_width_in_std']:.3g} standard deviations of {made['samples']} samples: "
             f"Student's t, and a factor {made['factor']:.3g} ({worth(made)}). It speaks of pixels one by one.")  # fmt: skip
     if prior.get("rms") is not None:

@@ -1,7 +1,7 @@
 """reconstruct(): the walk of one scan, from measurements to an image with its uncertainty."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -72,12 +72,17 @@ class Reconstruction:
 
     @property
     def failed(self) -> bool:
-        """Whether the check of quality failed; where the model's card does not know the protocol there is none."""
-        return self.trust.get("quality", {}).get("check") == "failed"
+        """Whether the check of quality failed."""
+        return self.quality == "failed"
+
+    @property
+    def quality(self) -> str:
+        """What the check of quality says: passed, failed or not checked (`deft_med.trust.judge`)."""
+        return self.trust.get("quality", {}).get("check", "not checked")
 
 
 def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft", estimate: str = "average", steps: int = STEPS,
-                samples: int | None = None, seed: int = 0, device: str = "auto",
+                samples: int | None = None, beside: Sequence[str] | None = None, seed: int = 0, device: str = "auto",
                 progress: Callable[[int, int], None] | None = None) -> Reconstruction:
     """Reconstruct a scan, slice by slice.
 
@@ -89,6 +94,8 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
             noise is drawn anew at every level: the fast one, nearer to the posterior mean than samples are, without a spread; the
             posterior 'mean' in one evaluation; or one 'sample'.
         steps: denoiser evaluations per sample, the first of which (the posterior mean) all samples of a slice share.
+        beside: classical methods to show beside DEFT's result, of the method's modality. By default fbp; zero-filled, cg-sense and wavelet
+            for MR, but zero-filled alone beside the fast estimates 'point' and 'mean', which would wait for the others.
         progress: called as progress(done, total) after each evaluation.
 
     Slice k, sample j draw from (seed, k, j), and every item is computed by itself: a slice does not depend on its batch.
@@ -96,6 +103,9 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
     """
     samples = (POINT if estimate == "point" else SAMPLES) if samples is None else samples
     _check(scan, method, estimate, model, steps, samples)
+    if unknown := set(beside or ()) - set(METHODS[scan.modality][1:]):
+        raise UsageError(f"no classical method {', '.join(map(repr, sorted(unknown)))} for {scan.modality}: choose of "
+                         f"{', '.join(METHODS[scan.modality][1:])} to show beside the result")
     estimate = "mean" if method == "deft" and steps == 1 else estimate
     place, warnings = device_of(device), []
     clock, inner = Clock(place), Clock(place)
@@ -119,7 +129,7 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
             with clock("operator"):
                 problem = posed(scan, index, model, place)
             measurements += int(torch.as_tensor(problem.likelihood.count).sum())
-            for name in problem.baselines if method == "deft" else problem.baselines[:1]:
+            for name in _beside(problem, method, estimate, beside):
                 if name != method:
                     with clock(name):
                         u, warning = problem.classical[name]()
@@ -150,24 +160,31 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
         with clock("quality"):
             measure = {"CT": metrics.ct_metrics, "MR": metrics.mr_metrics}[scan.modality]
             measured = {name: measure(v.data, scan.reference.data) for name, v in {method: volume, **volumes}.items()}
+    of = method if method != "deft" else "samples" if "samples" in chi2 else "mean"
     misfits = chi2.get("samples", chi2["mean"])
-    worst = max(range(slices), key=lambda k: max(misfits[k], 1 / max(misfits[k], 1e-9)) if "samples" in chi2 else misfits[k])
-    if misfits[worst] > DOUBTFUL:
-        warnings.append(f"slice {worst + 1}: chi2 is {misfits[worst]:.1f} where 1 is expected: what {method} shows contradicts the "
-                        "measurements, or their noise, coil maps or geometry are not what was assumed")
-    elif "samples" in chi2 and misfits[worst] < 1 / DOUBTFUL:
-        warnings.append(f"slice {worst + 1}: chi2 is {misfits[worst]:.2f} where 1 is expected: there is less noise than assumed")
-    beside = volumes or {method: volume}
-    interval: Volume | None = None
-    found: dict = {}
-    if method == "deft" and model is not None:
-        interval, found = _trusted(scan, model, volume, std, beside, chi2, count, math.sqrt(2 * slices / measurements))
-    if words := trust.verdict(found["quality"], scan.protocol) if "quality" in found else "":
+    known = None if model is None or of == "mean" else model.card.calibration.get(scan.protocol or "")
+    found: dict = {"quality": trust.judge(misfits, of, known, math.sqrt(2 * slices / measurements))}
+    if words := trust.verdict(found["quality"], scan.protocol):
         warnings.append(words)
+    most = max(range(slices), key=lambda k: misfits[k])
+    if of in trust.DIRECT and misfits[most] > DOUBTFUL:
+        warnings.append(f"slice {most + 1}: chi2 is {misfits[most]:.1f} where 1 is expected: what {method} shows contradicts the "
+                        "measurements, or their noise, coil maps or geometry are not what was assumed")
+    least = min(range(slices), key=lambda k: misfits[k])
+    if of == "samples" and misfits[least] < 1 / DOUBTFUL:
+        warnings.append(f"slice {least + 1}: chi2 is {misfits[least]:.2f} where 1 is expected: there is less noise than assumed")
+    compared = volumes or {method: volume}
+    interval: Volume | None = None
+    if method == "deft" and model is not None:
+        first = next(iter(compared))
+        found["prior"] = {"rms": trust.changed(volume, compared[first], scan.modality, scan.reference), "unit": volume.unit,
+                          "region": trust.REGIONS[scan.modality], "against": first}
+        if std is not None:
+            interval, found["interval"] = trust.interval(volume, std, count, model.card, scan.protocol, scan.reference)
     drawn_by = {"estimate": estimate, "steps": 1 if estimate == "mean" else steps, "samples": count} if method == "deft" else {}
     provenance = {"method": method, **drawn_by, "seed": seed, "device": place.type, "protocol": scan.protocol, "noise": scan.noise_is}
     return Reconstruction(
-        volume=volume, std=std, interval=interval, phase=phase, trust=found, beside=beside, reference=scan.reference, method=method,
+        volume=volume, std=std, interval=interval, phase=phase, trust=found, beside=compared, reference=scan.reference, method=method,
         estimate=estimate, samples=count, steps=1 if estimate == "mean" else steps, metrics=measured, timing=clock.seconds,
         provenance=provenance,
         simulated=scan.simulated, warnings=tuple(warnings),
@@ -176,18 +193,11 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
         | {"expected": 1.0, "deviation": math.sqrt(2 / measurements), "measurements": measurements})
 
 
-def _trusted(scan: Scan, model: Model, volume: Volume, std: Volume | None, beside: dict[str, Volume], chi2: dict[str, list[float]],
-             samples: int, deviation: float) -> tuple[Volume | None, dict]:
-    """Half the width of the interval about DEFT's result, and what is said of the result beside its numbers."""
-    baseline = next(iter(beside))
-    rms = trust.changed(volume, beside[baseline], scan.modality, scan.reference)
-    found: dict = {"prior": {"rms": rms, "unit": volume.unit, "region": trust.REGIONS[scan.modality], "against": baseline}}
-    if "samples" in chi2:
-        found["quality"] = trust.judge(chi2["samples"], model.card, scan.protocol, deviation)
-    if std is None:
-        return None, found
-    half, found["interval"] = trust.interval(volume, std, samples, model.card, scan.protocol, scan.reference)
-    return half, found
+def _beside(problem: Problem, method: str, estimate: str, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """The classical methods that a result is shown with, the one that speaks for all of them first."""
+    if method == "deft" and wanted is not None:
+        return tuple(dict.fromkeys([problem.baselines[0], *wanted]))
+    return problem.baselines if method == "deft" and estimate in ("average", "sample") else problem.baselines[:1]
 
 
 def posed(scan: Scan, index: int, model: Model | None, device: str | torch.device = "cpu") -> Problem:

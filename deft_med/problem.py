@@ -184,6 +184,8 @@ def total_variation(likelihood: Gaussian | Transmission, x0: Tensor, weight: flo
 
 def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, inverse: str, device: str | torch.device) -> Problem:
     kspace, _, region = _calibration(y[0], scan)
+    scale = float(scale_of(kspace)) or 1.0
+    kspace, y, noise = kspace / scale, y / scale, noise / scale  # from here on in the networks' unit, whatever a file's is
     level = float(_measured(noise, scan).square().mean().sqrt())
     maps = coil_maps(kspace, region, level * _gain(scan)) if scan.maps is None else torch.from_numpy(scan.maps[index])
     rss = torch.linalg.vector_norm(maps, dim=0)
@@ -192,20 +194,20 @@ def _mr(scan: Scan, index: int, y: Tensor, noise: Tensor, inverse: str, device: 
     y, noise, maps, turn = y.to(device), noise.to(device), (maps * turn).to(device), turn.to(device)
     acquisition: Cartesian | Trajectory = scan.acquisition  # type: ignore[assignment]
     physics = encoding(acquisition, maps)
-    channels, scale = Complex(acquisition.shape), float(scale_of(kspace)) or 1.0
+    channels = Complex(acquisition.shape)
     seen = (maps != 0).any(0) & bool(kspace.any())  # where no coil sees, a regulariser alone would fill in the image
-    likelihood = Gaussian(Affine(physics @ channels, scale, 0.0), y, noise, channels.H @ approximate_inverse(physics, inverse),
+    likelihood = Gaussian(Affine(physics @ channels, 1.0, 0.0), y, noise, channels.H @ approximate_inverse(physics, inverse),
                           count=2 * len(maps) * acquisition.samples, ratio=1 / acquisition.acceleration, seen=seen[None, None])
 
     def zero_filled() -> tuple[Tensor, str]:
         return likelihood.inverted_by(channels.H @ WeightedAdjoint(physics)).direct(), ""
 
     def sense(weight: float = SENSE) -> tuple[Tensor, str]:
-        return channels.H(cg_sense(physics * scale, y, weight * level**2, iterations=50)), ""
+        return channels.H(cg_sense(physics, y, weight * level**2, iterations=50)), ""
 
     def sparse(method: Callable[..., tuple[Tensor, Record]], name: str) -> Callable[[], tuple[Tensor, str]]:
         def answer(weight: float = SPARSE[name]) -> tuple[Tensor, str]:
-            image, record = method(physics * scale, y, weight * scale / level, sigma=noise, max_iterations=MR_ITERATIONS)
+            image, record = method(physics, y, weight / level, sigma=noise, max_iterations=MR_ITERATIONS)
             return _told(channels.H(image * seen), record)
 
         return answer

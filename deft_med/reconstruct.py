@@ -5,8 +5,8 @@ INPUT is a measurement: sinogram.npz, k-space as fastMRI or ISMRMRD (MRD) HDF5 o
 --protocol, and everything that is written says SIMULATED.
 
 Exit codes: 0 done; 2 usage; 3 input readable but not for us; 4 input broken; 6 resources; 7 output in the way; 8 the model does not
-fit; 9 done, but chi2 of the samples is above what the model's card knows of this protocol: results are written, marked CHECK FAILED,
-and want a look before use. A batch may take 0 and 9 for "results are there" and everything else for "they are not".
+fit; 9 done, but chi2 is above what the model's card knows of this protocol or, where it knows nothing, above 2: results are written,
+marked CHECK FAILED, and want a look before use. A batch may take 0 and 9 for "results are there" and everything else for "they are not".
 """
 
 import argparse
@@ -14,10 +14,13 @@ import dataclasses
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 DEFAULTS = {"CT": ("ct_sparse60", "ct"), "MR": ("mri_cartesian_4x", "mri")}  # protocol and model
-BASELINES = {"fbp": "FBP", "zero-filled": "zero-filled"}
+BASELINES = {"fbp": "FBP", "tv": "TV", "cg-sense": "CG-SENSE"}
+EVERY = 60.0  # seconds between lines of progress where there is no terminal
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, metavar="N", help="processor threads (default: one per core)")
     p.add_argument("--format", choices=["dicom", "nifti", "both"], help="default: dicom for a DICOM input, else nifti")
     p.add_argument("--modality", choices=["CT", "MR"], help="what a NIfTI file holds, where its values do not tell")
+    p.add_argument("--beside", metavar="A,B", help="classical methods to show beside deft (default: fbp; zero-filled, cg-sense and wavelet "
+                   "for MR, zero-filled alone beside the fast estimates)")
     p.add_argument("--phase", action="store_true", help="MR: also write the phase, in rad, as volume_phase.nii.gz")
     p.add_argument("--cross-check", action="store_true",
                    help="also predict 5 %% of the measurements from the others, by every method that is shown; with deft also by tv")
@@ -69,11 +74,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except DeftMedError as error:
         return _fail(str(error), error.exit_code)
-    except MemoryError:
-        return _fail("out of memory: give fewer slices, or a smaller protocol grid", 6)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError:
+        return _fail("out of memory: give fewer slices, or a smaller protocol grid", 6)
+    except Exception as error:
+        if os.environ.get("DEFT_MED_TRACEBACK"):
+            raise
+        return _unexpected(error)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -87,6 +96,17 @@ def _stopped(number: int, _: object) -> None:
     os._exit(128 + number)
 
 
+def _unexpected(error: Exception) -> int:
+    """One line for what nobody foresaw: where it happened; not the error's own words, which may quote a header."""
+    import traceback
+
+    if isinstance(error, RuntimeError) and "alloc" in str(error):  # torch's way to say it
+        return _fail("out of memory: give fewer slices, or a smaller protocol grid", 6)
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return _fail(f"unexpected {type(error).__name__} in {os.path.basename(at.filename)}, line {at.lineno}: a bug, nothing was written; "
+                 "DEFT_MED_TRACEBACK=1 in the environment shows all of it, please report it", 1)
+
+
 def _fail(message: str, code: int) -> int:
     print(f"deft_med: error: {message}", file=sys.stderr)
     return code
@@ -98,6 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
     from deft_med.errors import UsageError
     from deft_med.publish import check_target
 
+    begun = time.perf_counter()
     if (arguments.input is None) == (arguments.example is None):
         raise UsageError("give one INPUT (DICOM file or folder, NIfTI, sinogram.npz, k-space .h5 or .npy) or --example; --help says more")
     for name in ("steps", "samples", "threads"):
@@ -158,34 +179,39 @@ def run(arguments: argparse.Namespace) -> None:
         for flag in flags:
             say(f"out of scope: {flag}")
     say(f"reconstructing {len(scan.y)} slice{'s' * (len(scan.y) > 1)} by {arguments.method}")
-    bar = _Bar(enabled=not arguments.quiet and sys.stderr.isatty())
+    bar, ready = _Bar(say, terminal=not arguments.quiet and sys.stderr.isatty()), time.perf_counter()
     result = reconstruct(
         scan, model, method=arguments.method, estimate=arguments.estimate, seed=arguments.seed, device=arguments.device, progress=bar,
-        steps=STEPS if arguments.steps is None else arguments.steps, samples=arguments.samples)
+        steps=STEPS if arguments.steps is None else arguments.steps, samples=arguments.samples,
+        beside=None if arguments.beside is None else [name.strip() for name in arguments.beside.split(",") if name.strip()])
     bar.close()
+    result = dataclasses.replace(result, timing={"reading": ready - begun, **result.timing})
     for warning in result.warnings:
         say(warning)
     if arguments.cross_check:
         from deft_med.crosscheck import FEW, cross_check
 
         methods = METHODS[source.modality] if arguments.method == "deft" else tuple(dict.fromkeys([*result.beside, arguments.method]))
+        say(f"cross-check: once more from 95 % of the measurements, by {', '.join(methods)}")
+        checking = time.perf_counter()
         try:
             checked = cross_check(scan, model, methods, steps=result.steps, samples=result.samples, estimate=result.estimate,
                                   seed=arguments.seed, device=result.provenance["device"])
             result = dataclasses.replace(result, cross_check=checked)
-            if checked["units"] < FEW:
-                words = f"the cross-check holds out {checked['units']} views or lines: which method is ahead may be chance"
-                say(words)
-                result = dataclasses.replace(result, warnings=(*result.warnings, words))
+            words = "" if checked["units"] >= FEW else (
+                f"the cross-check holds out {checked['units']} views or lines: which method is ahead may be chance")
         except ValueError as error:  # too little to hold out: the reconstruction stands
-            say(f"no cross-check: {error}")
-            result = dataclasses.replace(result, warnings=(*result.warnings, f"no cross-check: {error}"))
+            words = f"no cross-check: {error}"
+        result = dataclasses.replace(result, timing={**result.timing, "cross-check": time.perf_counter() - checking},
+                                     warnings=(*result.warnings, *[words] * bool(words)))
+        if words:
+            say(words)
     record = publish(result, source, out, arguments, wanted, model, flags)
     if arguments.json:
         import json
 
         print(json.dumps(record, indent=2))
-    say(summary(result, arguments.out))
+    say(summary(result, arguments.out, time.perf_counter() - begun))
     if result.failed and not arguments.quality_ok:
         from deft_med.errors import QualityError
 
@@ -230,7 +256,7 @@ def publish(result, source, out, arguments, wanted: str, model, flags: list[str]
         "model": None if model is None else f"{model.card.name} {model.card.version}",
         "model_sha256": None if model is None else model.card.sha256, "source": source.kind, "source_sha256": source.digest,
         "simulated": result.simulated, "lossy_source": source.lossy, "out_of_scope": flags, "placed": source.placed, "sized": source.sized,
-        "quality": "failed" if result.failed else None,
+        "quality": result.quality,
     }
     what = f"Retrospective {source.modality} study" if result.simulated else f"{source.modality} reconstruction"
     title = f"{what}: {result.method.upper()}"
@@ -266,20 +292,34 @@ def publish(result, source, out, arguments, wanted: str, model, flags: list[str]
     return record
 
 
-def summary(result, out: str) -> str:
-    """The last line: what was made, how good it is where that is known, where it lies."""
+def summary(result, out: str, seconds: float) -> str:
+    """The last line: what was made, how good it is where that is known, where it lies; ``seconds`` from the command's start."""
     parts = [f"{result.method} {result.estimate if result.method == 'deft' else ''}".strip()]
     psnr = {name: measured["mean"]["psnr"] for name, measured in result.metrics.items()}
     if psnr and None not in psnr.values():
-        parts.append(f"PSNR {psnr[result.method]:.2f} dB{_beside(result, psnr, '.2f')}")
+        others = {name: value for name, value in psnr.items() if name != result.method}
+        parts.append(f"PSNR {psnr[result.method]:.2f} dB" + _best(others, max, ".2f"))
     if result.cross_check:
-        missed = {name: 100 * found["error"] for name, found in result.cross_check["methods"].items()}
-        parts.append(f"held-out error {missed[result.method]:.1f} %{_beside(result, missed, '.1f')}")
+        found = result.cross_check["methods"]
+        missed = {name: 100 * each["error"] for name, each in found.items()}
+        others = {name: value for name, value in missed.items() if name != result.method}
+        pair = [result.method, *([min(others, key=lambda name: others[name])] if others else [])]
+        worse = found[max(pair, key=lambda name: missed[name])]  # whose distance from the best is that of the two
+        words = f"; they differ by {100 * worse['behind']:.1f} +- {100 * worse['behind_se']:.1f}" if worse["behind_se"] else ""
+        parts.append(f"held-out error {missed[result.method]:.1f} %" + _best(others, min, ".1f", words))
     known = [("images" if result.estimate == "point" else "samples", "samples"), ("mean", "mean"),
              (BASELINES.get(result.baseline, result.baseline), result.baseline)]
     misfits = [f"{result.chi2[key]:.3f} ({name})" for name, key in known if key in result.chi2]
-    parts.append(f"chi2 {', '.join(misfits)}, expected 1 +- {result.chi2['deviation']:.3f}")
-    return f"done in {sum(result.timing.values()):.1f} s: {', '.join(parts)}; open {out}/report.html"
+    parts.append(f"chi2 {', '.join(misfits)}, expected 1 +- {result.chi2['deviation']:.1g}")
+    return f"done in {seconds:.1f} s: {', '.join(parts)}; open {out}/report.html"
+
+
+def _best(others: dict[str, float], best, form: str, more: str = "") -> str:
+    """The best of the other methods, in brackets."""
+    if not others:
+        return ""
+    name = best(others, key=lambda name: others[name])
+    return f" (best of the others: {BASELINES.get(name, name)} {others[name]:{form}}{more})"
 
 
 def interval_words(result) -> str:
@@ -290,22 +330,22 @@ def interval_words(result) -> str:
     return f"the {100 * made['level']:g} % interval is the image +- {made['half_width_in_std']:.4g} standard deviations, {worth(made)}"
 
 
-def _beside(result, values: dict, form: str) -> str:
-    """The same of the baseline, unless that is what was asked for."""
-    name = result.baseline
-    return "" if name == result.method else f" ({BASELINES.get(name, name)} {values[name]:{form}})"
-
-
 class _Bar:
-    """Progress with the time that is left, on a terminal."""
+    """Progress with the time that is left: a bar on a terminal, elsewhere a line a minute."""
 
     bar: Any = None
 
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
+    def __init__(self, say: Callable[[str], None], terminal: bool) -> None:
+        self.say, self.terminal = say, terminal
+        self.begun = self.told = time.perf_counter()
 
     def __call__(self, done: int, total: int) -> None:
-        if not self.enabled:
+        if not self.terminal:
+            now = time.perf_counter()
+            if now - self.told > EVERY:
+                self.told = now
+                left = (now - self.begun) * (total - done) / done
+                self.say(f"{100 * done // total} % of {total} evaluations, about {left / 60:.0f} min left")
             return
         if self.bar is None:
             from tqdm import tqdm

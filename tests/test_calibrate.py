@@ -189,15 +189,20 @@ def test_a_check_fails_more_often_than_chance_or_at_one_gross_slice() -> None:
     card = parse({**CARD, **blank, "calibration": {"p": ONE}})
 
     def check(chi2: list[float], protocol: str | None = "p") -> str | None:
-        return judge(chi2, card, protocol)["check"]
+        return judge(chi2, "samples", card.calibration.get(protocol or ""))["check"]
+
+    def said(chi2: list[float]) -> str:
+        return verdict(judge(chi2, "samples", card.calibration["p"]), "p")
 
     assert check([1.0]) == "passed" and check([1.11]) == "failed" and check([float("nan")]) == "failed"
     assert check([1.11] + [1.0] * 11) == "passed", "one of twelve is chance in one run of ten"
     assert check([1.11, 1.12] + [1.0] * 10) == "failed" and check([2.5] + [1.0] * 99) == "failed"
-    assert judge([1.15], card, "p", deviation=0.1)["check"] == "passed" and judge([1.24], card, "p", deviation=0.1)["check"] == "failed"
-    assert check([9.0], "other") is None and check([9.0], None) is None
-    assert verdict(judge([1.0, 1.2], card, "p"), "p").startswith("chi2 of the samples is up to 1.2 in slice 2 of 2, above 1.1,")
-    assert "and 12 more of 20" in verdict(judge([1.2] * 20, card, "p"), "p") and verdict(judge([1.0], card, "p"), "p") == ""
+    assert [judge([value], "samples", card.calibration["p"], 0.1)["check"] for value in (1.15, 1.24)] == ["passed", "failed"]
+    assert [check([value], "other") for value in (1.9, 2.1)] == ["passed", "failed"], "where no card knows the limit is two"
+    assert [judge([9.0], of)["check"] for of in ("fbp", "zero-filled", "tv", "mean")] == ["not checked"] * 2 + ["failed"] * 2
+    assert said([1.0, 1.2]).startswith("chi2 of the samples is up to 1.2 in slice 2 of 2, above 1.1,")
+    assert "and 12 more of 20" in said([1.2] * 20) and said([1.0]) == ""
+    assert verdict(judge([3.0], "wavelet"), None).startswith("chi2 of wavelet is up to 3 in slice 1 of 1, above 2, twice what")
     assert parse({**CARD, **blank}).calibrated("p") == ("", None) and card.calibrated(None) == ("", None)
     everywhere = parse({**CARD, **blank, "calibration": {"p": ONE, "all": {**ONE, "factor": 2.0}}})
     assert everywhere.calibrated("q") == ("all", Calibration(**{**ONE, "factor": 2.0})) and everywhere.calibrated("p")[0] == "p"

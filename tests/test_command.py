@@ -16,9 +16,11 @@ from test_bundle import CARD, ENTRY, states
 
 from deft_med import bundle, io
 from deft_med.attribution import attribution
+from deft_med.config import protocol
 from deft_med.errors import OutputError
 from deft_med.publish import check_target, published
 from deft_med.reconstruct import main, parser
+from deft_med.simulate import simulate
 
 CASES = sorted(BAD_INPUTS)
 
@@ -209,3 +211,25 @@ def test_a_signal_leaves_nothing(number: int, code: int, wait: float, tmp_path: 
     _, error = process.communicate(timeout=30)
     assert process.returncode == code and b"nothing was written" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nobody_foresaw_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("Doe^John")
+
+    monkeypatch.setattr("deft_med.pipeline.reconstruct", broken)
+    assert fbp("--example", "ct", "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "unexpected ValueError in test_command.py, line" in error and "Doe" not in error and len(error.strip().splitlines()) == 1
+    monkeypatch.setenv("DEFT_MED_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="Doe"):
+        fbp("--example", "ct", "--out", tmp_path / "out")
+
+
+OTHERS = "ct_sparse60 ct_sparse23 ct_sparse18 ct_low_dose ct_missing_wedge".split()
+
+
+@pytest.mark.parametrize("name", ["ct_limited_angle", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_the_acquisitions_of_the_shipped_model_are_in_its_scope(name: str) -> None:
+    card, volume = bundle.load("ct")[0], io.read(io.example("ct")).volume
+    assert bundle.check(card, simulate(volume, protocol(name), seed=0), anatomy="head") == []

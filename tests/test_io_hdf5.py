@@ -65,6 +65,20 @@ def test_zero_padded_columns_are_no_samples(tmp_path: Path) -> None:
     assert scan.acquisition.mask[0].sum() == 14 and not scan.y[..., 17:].any()
 
 
+def test_samples_that_make_no_lines_count_one_by_one(tmp_path: Path) -> None:
+    """Both axes phase encodings: no column is whole, nothing is a readout whose oversampling could go."""
+    points = np.random.default_rng(2).random((48, 20)) < 0.3
+    points[20:28, 8:12] = True
+    source = read(fastmri(tmp_path, kspace=KSPACE * points, reconstruction_rss=None))
+    scan = scan_of(source)
+    assert (scan.acquisition.mask == points).all() and scan.y.shape == KSPACE.shape
+    np.testing.assert_allclose(scan.y, KSPACE * points, atol=1e-6)
+    assert "sampled point by point" in source.describe() and f"{48 * 20 / points.sum():.3g}-fold" in source.describe()
+    other = np.stack([KSPACE[0] * points, KSPACE[1] * points[::-1]])
+    with pytest.raises(UnsupportedError, match="slices differ in their sampled points"):
+        read(fastmri(tmp_path, kspace=other, reconstruction_rss=None))
+
+
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.float32])
 def test_the_mask_of_a_test_file(dtype: type, tmp_path: Path) -> None:
     mask = np.arange(20) % 3 == 1

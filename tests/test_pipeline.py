@@ -114,19 +114,22 @@ def test_an_interval_is_the_spread_times_a_factor_that_the_card_may_know(model: 
     json.dumps([r.trust for r in (plain, known, other)], allow_nan=False)
 
 
-def test_chi2_is_judged_where_the_card_knows_the_protocol(model: Model) -> None:
+def test_chi2_is_judged_by_the_card_or_by_two(model: Model) -> None:
     scan = simulate(head(2), PROTOCOL)
     first = reconstruct(scan, model, steps=3, samples=2)
     measurements = 2 * 30 * scan.y.shape[-1]
     assert first.chi2["measurements"] == measurements and first.chi2["deviation"] == pytest.approx((2 / measurements) ** 0.5)
     assert abs(first.chi2["reference"] - 1) < 5 * first.chi2["deviation"] + 0.1
     found = first.trust["quality"]
-    assert found["chi2"] == pytest.approx([first.chi2["samples"]] * 2, rel=0.5) and found["check"] is None and not first.failed
+    assert found["chi2"] == pytest.approx([first.chi2["samples"]] * 2, rel=0.5) and found["limit"] == 2
+    assert first.failed is (max(found["chi2"]) > 2)
     strict, lax = (reconstruct(scan, calibrated(model, limit), steps=3, samples=2) for limit in (0.01, 1e9))
     assert strict.failed and strict.trust["quality"]["above"] == [1, 2] and "slices 1, 2 of 2, above 1.07" in strict.warnings[-1]
     assert not lax.failed and lax.trust["quality"]["check"] == "passed"
-    assert not reconstruct(scan, calibrated(model, 0.01, "all"), steps=3, samples=2).failed, "what all protocols have is no limit"
-    assert reconstruct(scan, method="fbp").trust == {} and not reconstruct(scan, method="fbp").failed
+    every = reconstruct(scan, calibrated(model, 0.01, "all"), steps=3, samples=2)
+    assert every.trust["quality"]["limit"] == 2, "what all protocols have is no limit"
+    assert [reconstruct(scan, method=method).quality for method in ("fbp", "tv")] == ["not checked", "passed"]
+    assert reconstruct(dataclasses.replace(scan, noise=scan.noise / 3), method="tv").failed, "said to be three times as exact"
 
 
 def test_the_seconds_of_the_method_have_parts(model: Model) -> None:
@@ -207,3 +210,11 @@ def test_simulated_measurements_agree_with_the_solver_up_to_noise() -> None:
     lines = solver(attenuation(torch.from_numpy(scan.reference.data)))[0].numpy()
     assert np.abs(lines - scan.y[0]).mean() < 0.01 * scan.y.mean()
     assert abs(lines.mean() / scan.y.mean() - 1) < 1e-3
+
+
+def test_what_is_shown_beside_a_result_is_a_choice(model: Model) -> None:
+    scan = simulate(head(1), PROTOCOL)
+    assert list(reconstruct(scan, model, steps=2, samples=2, beside=["tv"]).beside) == ["fbp", "tv"]
+    assert list(reconstruct(scan, model, steps=2, samples=2).beside) == ["fbp"]
+    with pytest.raises(UsageError, match="no classical method 'wavelet' for CT: choose of fbp, tv"):
+        reconstruct(scan, model, beside=["wavelet"])

@@ -275,3 +275,15 @@ def test_an_empty_slice_stays_empty_and_has_the_noise_of_the_others() -> None:
         assert not method()[0].any()
     with pytest.raises(UnsupportedError, match="nothing but zeros"):
         with_known_noise(dataclasses.replace(scan, y=0 * scan.y))
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_the_unit_of_a_file_is_nothing_to_any_method(unit: float) -> None:
+    """Files hold k-space of 1e-6 as well as of 1e6, whose squares float32 has not."""
+    scan = study()
+    other = dataclasses.replace(scan, y=scan.y * np.float32(unit), noise=scan.noise * np.float32(unit))
+    for name in pose(scan).classical:
+        one, two = (pose(each).picture(pose(each).classical[name]()[0])[0] for each in (scan, other))
+        np.testing.assert_allclose(two / unit, one, atol=2e-3 * one.max(), err_msg=name)
+    level = [float(with_known_noise(dataclasses.replace(each, noise=None)).noise.ravel()[0]) for each in (scan, other)]
+    assert level[1] / unit == pytest.approx(level[0], rel=1e-4)

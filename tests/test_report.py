@@ -282,7 +282,7 @@ def test_the_page_says_how_far_to_trust(bare: None) -> None:
     chi2 = {"mean": 0.93, "samples": 1.01, "reference": 1.002, "expected": 1.0, "deviation": 0.0096, "measurements": 21780}
     html = pages.page(made((1, 32, 32), trust=TRUST, chi2=chi2, profile={"prior": 3.0, "h": 2.0, "operators": 4.0, "rest": 1.0}))
     for words in ("90 % interval", "± 3.10 SD", "calibrated on p, with 8 samples", "91.2 %", "89.7 %", "expected 1 ± 0.0096",
-                  "1 ± 0.010 (√(2 / M), M = 21780 measurements)",
+                  "1 ± 0.01 (√(2 / M), M = 21780 measurements)",
                   "the limit is 1.043, the 99th percentile of 10 slices of tune subjects", "The check passed",
                   "RMS of DEFT − FBP in the body: 61.73 HU", "prior 30 %, h 20 %, operators 40 %, rest 10 %"):
         assert words in html, words

@@ -1,8 +1,8 @@
 """fastMRI's layout (github.com/facebookresearch/fastMRI): kspace (slices, coils, readout, phase) or (slices, readout, phase).
 
 Zero-padded columns are no measurements: a column counts where the mask of a test file has it, where the header's encoding limits reach,
-and where it holds anything at all. Slices are read one by one, and the readout's oversampling goes at once; the noise in its edges, which
-goes with it, whitens the coils.
+and where it holds anything at all. Where both axes are phase encodings (a 3D scan, cut along its readout) single samples count. Slices
+are read one by one, and the readout's oversampling goes at once; the noise in its edges, which goes with it, whitens the coils.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from deft_med.io.source import Source
 from deft_med.volume import Scan, Volume, central
 from operators.geometry import Cartesian, Grid
 
+STRAY = 0.01  # share of the samples in sampled rows and columns that may be exactly 0; with more, single points were sampled
 REFERENCES = ("reconstruction_rss", "reconstruction_esc")
 
 
@@ -43,7 +44,9 @@ def read(file: h5py.File, *, digest: str, max_bytes: int) -> Source:
     header = encoding.parse(hdf5.header(file, "ismrmrd_header", max_bytes)) if "ismrmrd_header" in file else None
     limits = _limits(header, width)
     stated = _columns(file, limits, width, max_bytes)
-    rows = next(filter(np.any, (_rows(raw, index, stated) for index in range(slices))), np.zeros(height, bool))
+    points = _points(raw, stated)
+    rows = points.any(1)
+    scattered = bool((~points[np.ix_(rows, points.any(0))]).mean() > STRAY) if points.any() else False
     if header is None:
         plan = encoding.Layout(height, None, None)
         notes.append("no header XML: zero-padding known from zero columns only")
@@ -53,8 +56,10 @@ def read(file: h5py.File, *, digest: str, max_bytes: int) -> Source:
         if header.trajectory not in ("cartesian", "unknown"):
             raise UnsupportedError(f"the header XML says trajectory {header.trajectory}; expected cartesian in a file of this "
                                    "layout: write it as ISMRMRD, with its points")  # fmt: skip
-        plan = encoding.layout(header, (height, width), whole=bool(rows.all()))
-        if not rows.all():
+        plan = encoding.layout(header, (height, width), whole=bool(rows.all()) and not scattered)
+        if scattered:
+            notes.append("sampled point by point: no axis is taken for a readout")
+        elif not rows.all():
             notes.append("readout not sampled from end to end: its oversampling stays")
     if slices * coils * plan.rows * width * 8 > max_bytes:
         raise ResourceError(f"kspace needs more than {max_bytes / 2**30:.3g} GiB; give fewer slices or raise max_bytes")
@@ -63,16 +68,19 @@ def read(file: h5py.File, *, digest: str, max_bytes: int) -> Source:
     for index in range(slices):
         image = _slice(raw, index)
         image[..., ~stated] = 0
+        if scattered and image.any() and ((image != 0).any(0) & ~points).any():
+            raise UnsupportedError("the slices differ in their sampled points; one mask for all is supported: give each as a file")
         here = (image != 0).any((0, 1))
         if index and filled.any() and here.any() and (here != filled).any():
             raise UnsupportedError("the slices differ in their sampled columns; one mask for all is supported: give each as a file")
         filled |= here
-        edges.append(encoding.edges(image, here, plan.rows))
+        edges.append(None if scattered else encoding.edges(image, here, plan.rows))
         y[index] = encoding.narrow(image, plan.rows)
-    columns = stated & filled
+    columns: NDArray[np.bool_] = stated & filled
     if not columns.any():
         raise UnsupportedError("kspace is zero in every sampled column; expected measurements: export it again")
-    mask = np.broadcast_to(columns, (plan.rows, width)) if plan.rows != height else rows[:, None] & columns
+    lines = np.broadcast_to(columns, (plan.rows, width)) if plan.rows != height else np.outer(rows, columns)
+    mask = points if scattered else np.asarray(lines)
     grid = Grid(shape=(plan.rows, width), spacing=plan.spacing or (1.0, 1.0))
     y *= mask  # rows that only other slices hold
     matrix, sigma = encoding.from_edges(edges, notes)
@@ -97,9 +105,13 @@ def _slice(raw: h5py.Dataset, index: int) -> NDArray[np.complex64]:
     return image.reshape(-1, *image.shape[-2:])
 
 
-def _rows(raw: h5py.Dataset, index: int, columns: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Rows (height,) that hold anything in these columns of one slice: none at all where it is padding, or was lost."""
-    return (_slice(raw, index)[..., columns] != 0).any((0, 2))
+def _points(raw: h5py.Dataset, columns: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Samples (height, width) that hold anything in these columns of the first slice that does: one may be padding, or was lost."""
+    for index in range(len(raw)):
+        points: NDArray[np.bool_] = (_slice(raw, index) != 0).any(0) & columns
+        if points.any():
+            return points
+    return np.zeros(raw.shape[-2:], bool)
 
 
 def _limits(header: encoding.Header | None, width: int) -> slice | None:
