@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--example", choices=["ct", "mr"],
                    help="instead of INPUT: a head CT slice that ships with pydicom, or an analytic MR phantom")
     p.add_argument("--out", default="reconstruction", metavar="DIR", help="output folder (default: %(default)s)")
+    p.add_argument("--slices", metavar="A[:B]", help="only slice A, or slices A to B, counted from 1")
     p.add_argument("--protocol", metavar="NAME|FILE", help="acquisition to simulate (default: ct_sparse60 or mri_cartesian_4x)")
     p.add_argument("--model", metavar="NAME|DIR", help="prior and h-transform (default: the shipped one, ct or mri)")
     p.add_argument("--method", default="deft", choices=["deft", "fbp", "tv", "zero-filled", "cg-sense", "wavelet"],
@@ -137,6 +138,8 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         path = example(arguments.example) if arguments.example else Path(arguments.input)
         source = read(path, allow_lossy=arguments.allow_lossy, modality=arguments.modality)
+    first, last = chosen(arguments.slices, source.slices)
+    source = source.part(first, last)
     say = (lambda line: None) if arguments.quiet else (lambda line: print(line, file=sys.stderr))
     wanted = arguments.format or ("dicom" if source.kind == "dicom" else "nifti")
     if wanted != "nifti" and source.kind != "dicom" and not (source.modality == "MR" and source.placed):
@@ -157,6 +160,8 @@ def run(arguments: argparse.Namespace) -> None:
             f"({protocol.description}), everything is marked SIMULATED")
     else:
         say(f"{source.describe()}: {'computed measurements, everything is marked SIMULATED' if source.scan.simulated else 'measurements'}")
+    if idle := unused(arguments, source):
+        say(f"has no say here: {', '.join(idle)}")
 
     import torch
 
@@ -219,6 +224,28 @@ def run(arguments: argparse.Namespace) -> None:
                            "--quality-ok")
 
 
+def chosen(text: str | None, count: int) -> tuple[int, int]:
+    """Slices A to B as first and last + 1, counted from 0; UsageError for what is not there."""
+    from deft_med.errors import UsageError
+
+    if text is None:
+        return 0, count
+    one, _, other = text.partition(":")
+    numbers = [int(part) if part.isdigit() else 0 for part in (one, other or one)]
+    if not 1 <= numbers[0] <= numbers[1] <= count:
+        raise UsageError(f"--slices wants A or A:B between 1 and {count}, got {text!r}")
+    return numbers[0] - 1, numbers[1]
+
+
+def unused(arguments: argparse.Namespace, source: Any) -> list[str]:
+    """Options that were given and change nothing."""
+    deft, estimate = arguments.method == "deft", arguments.estimate
+    idle = {"protocol": source.scan is not None, "modality": source.kind != "nifti", "model": not deft, "beside": not deft,
+            "estimate": not deft, "steps": not deft or estimate == "mean", "samples": not deft or estimate in ("mean", "sample")}
+    usual = parser().get_default
+    return [f"--{name}" for name, so in idle.items() if so and getattr(arguments, name) != usual(name)]
+
+
 def failure(result) -> str:
     """Why the check of quality failed; empty where it did not."""
     from deft_med.trust import verdict
@@ -255,8 +282,8 @@ def publish(result, source, out, arguments, wanted: str, model, flags: list[str]
         "deft_med": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
         "model": None if model is None else f"{model.card.name} {model.card.version}",
         "model_sha256": None if model is None else model.card.sha256, "source": source.kind, "source_sha256": source.digest,
-        "simulated": result.simulated, "lossy_source": source.lossy, "out_of_scope": flags, "placed": source.placed, "sized": source.sized,
-        "quality": result.quality,
+        "simulated": result.simulated, "slices": arguments.slices, "lossy_source": source.lossy, "out_of_scope": flags,
+        "placed": source.placed, "sized": source.sized, "quality": result.quality,
     }
     what = f"Retrospective {source.modality} study" if result.simulated else f"{source.modality} reconstruction"
     title = f"{what}: {result.method.upper()}"

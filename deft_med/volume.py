@@ -61,6 +61,10 @@ class Volume:
         dx, dy, dz = (round(float(d), 9) for d in np.linalg.norm(self.affine[:3, :3], axis=0))
         return dz, dy, dx
 
+    def part(self, first: int, last: int) -> Volume:
+        """Slices first to last - 1, where they lie."""
+        return replace(self, data=self.data[first:last], affine=_onward(self.affine, first))
+
     def with_data(self, data: ArrayLike, unit: str | None = None) -> Volume:
         """The same place with other values [slice, row, column]; ValueError if the shape differs."""
         other = replace(self, data=np.asarray(data), unit=self.unit if unit is None else unit)
@@ -203,6 +207,16 @@ class Scan:
         """CT or MR, by the acquisition."""
         return "CT" if isinstance(self.acquisition, ParallelBeam | FanBeam | ThickSlices) else "MR"
 
+    def part(self, first: int, last: int) -> Scan:
+        """The measurements of slices first to last - 1."""
+        noise = self.noise
+        if noise is not None and noise.ndim == self.y.ndim and len(noise) > 1:
+            noise = noise[first:last]
+        return replace(self, y=self.y[first:last], noise=noise, reference=self.reference and self.reference.part(first, last),
+                       affine=None if self.affine is None else _onward(self.affine, first),
+                       maps=None if self.maps is None else self.maps[first:last],
+                       counts=self.counts and self.counts.part(slice(first, last)))
+
     @property
     def picture(self) -> tuple[int, int]:
         """(rows, columns) of what is shown and written: the crop or, without one, the grid."""
@@ -231,6 +245,13 @@ def central(array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
     """The central part, of ``shape``, of an array's last axes: index n // 2 stays the centre, so that k = 0 and x = 0 stay theirs."""
     cut: tuple[Any, ...] = tuple(slice(_first(n, c), _first(n, c) + c) for n, c in zip(array.shape[-len(shape) :], shape, strict=True))
     return array[(Ellipsis, *cut)]
+
+
+def _onward(affine: Matrix, slices: int) -> Matrix:
+    """The affine of what begins so many slices later."""
+    moved = affine.copy()
+    moved[:3, 3] += slices * affine[:3, 2]
+    return moved
 
 
 def _first(length: int, part: int) -> int:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -95,6 +96,23 @@ def test_usage_errors(arguments: list[str], code: int, word: str, tmp_path: Path
     error = capsys.readouterr().err
     assert word in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_some_slices_of_a_volume(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = np.zeros((40, 40, 6), np.float32) - 1000
+    data[8:32, 8:32] = np.arange(6, dtype=np.float32) * 10
+    nibabel.save(nibabel.Nifti1Image(data, np.diag([6.0, 6.0, 5.0, 1.0])), tmp_path / "body.nii.gz")
+    whole, some = tmp_path / "whole", tmp_path / "some"
+    assert fbp(tmp_path / "body.nii.gz", "--modality", "CT", "--out", whole) == 0
+    more = ["--modality", "CT", "--slices", "3:4", "--method", "fbp", "--steps", "9"]
+    assert main([str(tmp_path / "body.nii.gz"), *more, "--out", str(some)]) == 0
+    assert "has no say here: --steps" in capsys.readouterr().err
+    one, two = (nibabel.load(out / "volume.nii.gz") for out in (whole, some))
+    assert two.shape[2] == 2 and np.allclose(two.affine[:3, 3], (one.affine @ [0, 0, 2, 1])[:3])
+    assert json.loads((some / "run.json").read_text())["provenance"]["slices"] == "3:4"
+    for text in ("0", "3:2", "5:7", "a", "-1"):
+        assert fbp(tmp_path / "body.nii.gz", "--modality", "CT", f"--slices={text}", "--out", tmp_path / "no") == 2
+        assert "--slices wants A or A:B between 1 and 6" in capsys.readouterr().err
 
 
 def test_help_is_quick_and_light() -> None:

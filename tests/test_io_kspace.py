@@ -48,6 +48,13 @@ def test_a_stray_zero_is_no_other_mask(tmp_path: Path) -> None:
         read(npy(tmp_path, npy_differing()))
 
 
+def test_other_conventions_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"would have 48 coils on 20 x 3 samples.*moveaxis\(kspace, -1, -3\)"):
+        read(npy(tmp_path, np.moveaxis(KSPACE[0], 0, -1)))
+    with pytest.raises(UnsupportedError, match="k = 0 lies in the corner"):
+        read(npy(tmp_path, np.fft.ifftshift(KSPACE[0], (-2, -1))))
+
+
 def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResourceError, match="k-space needs more than"):
         read(npy(tmp_path, KSPACE), max_bytes=20_000)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from deft_med.volume import Scan, Volume
@@ -55,6 +55,16 @@ class Source:
         """The part of the body that all headers name (BodyPartExamined), in a card's words; None where they do not, or name several."""
         named = {str(h.get("BodyPartExamined", "") or "").strip().upper() for h in self.headers}
         return PARTS.get(named.pop()) if len(named) == 1 else None
+
+    @property
+    def slices(self) -> int:
+        """How many there are."""
+        return len(self.volume.data) if self.volume is not None else len(self.scan.y)  # type: ignore[union-attr]
+
+    def part(self, first: int, last: int) -> Source:
+        """Slices first to last - 1, counted from 0."""
+        return replace(self, volume=self.volume and self.volume.part(first, last), scan=self.scan and self.scan.part(first, last),
+                       headers=self.headers[first:last])
 
     def describe(self) -> str:
         """One line: kind, counts, lengths, and the notes; no patient data."""
