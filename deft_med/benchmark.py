@@ -7,7 +7,7 @@ reconstruction and, with the extra peers, deepinv-dps, deepinv-diffpir, each wit
 (one weight of the residual per noise level, no network), for one sample. All of them take settings, :NAME=VALUE: steps, and those of
 deft_med/guidance.py and deft_med/methods.py.
 
---tune chooses the settings that a method's text leaves open on the tune subjects, by the grid of configs/benchmark.yaml, the same
+--tune chooses the settings that a method's text leaves open on the tune subjects, by the grid of configs/plans/benchmark.yaml, the same
 number for each. Slow methods (over 200 evaluations a sample, or backpropagation through the prior) run on six slices, of six subjects
 where there are as many, with one sample; a second table shows all methods on those.
 """
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tune", action="store_true", help="choose settings on the manifest's tune subjects first")
     p.add_argument("--tune-on", default="tune", metavar="SPLIT[:TEXT]",
                    help="the split of the tune subjects, and in the place of --only a TEXT for their paths (default: %(default)s)")
-    p.add_argument("--plan", default="benchmark", metavar="NAME|FILE", help="what --tune tries, and what slow methods run on")
+    p.add_argument("--plan", default="plans/benchmark", metavar="NAME|FILE", help="what --tune tries, and what slow methods run on")
     p.add_argument("--reference", metavar="METHOD", help="what the others are compared with (default: DEFT's default)")
     p.add_argument("--sweep", metavar="N,N,...", help="deft with these numbers of steps, on the slices of the slow methods")
     p.add_argument("--lesions", type=int, default=0, metavar="N",

@@ -1,6 +1,6 @@
 """Models on disk: a folder of two safetensors files (float16) and a JSON card; strict to load, whole or not there at all.
 
-`python -m deft_med.bundle list | show NAME | check NAME` looks at them. Nothing is downloaded, unpickled or evaluated.
+`python -m deft_med.bundle list | show NAME | card NAME | check NAME` looks at them. Nothing is downloaded, unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -297,7 +297,8 @@ def _metadata(card: Card) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m deft_med.bundle", description="Look at models.")
-    parser.add_argument("action", choices=["list", "show", "check"], help="list the shipped ones, show a card, or check every byte")
+    parser.add_argument("action", choices=["list", "show", "card", "check"],
+                        help="list the shipped ones, say what one is and accepts, print its card (JSON), or check every byte")
     parser.add_argument("model", nargs="?", help="name of a shipped model, or a bundle's folder")
     arguments = parser.parse_args(argv)
     try:
@@ -306,8 +307,11 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments.model is None:
             raise UsageError(f"{arguments.action} wants a model: a name or a folder")
-        if arguments.action == "show":
-            print(parse((_find(arguments.model) / "card.json").read_bytes()).to_json(), end="")
+        if arguments.action in ("show", "card"):
+            from .attribution import readme
+
+            card = parse((_find(arguments.model) / "card.json").read_bytes())
+            print(readme(card) if arguments.action == "show" else card.to_json(), end="")
             return 0
         card = load(arguments.model)[0]
         print(f"{card.name} {card.version}: whole, {card.prior.parameters:,} + {card.h.parameters:,} parameters")

@@ -40,7 +40,7 @@ def _deepinv() -> Any:
         _KEPT.append(missing)
         return _imported()
     except ImportError as error:
-        raise UsageError(f"deepinv is not installed with all that it needs ({error}): type pip install 'deft-med[peers]', or leave out the "
+        raise UsageError(f"deepinv is not installed with all that it needs ({error}): type pip install deepinv==0.5.0, or leave out the "
                          "methods deepinv-*") from error
 
 

@@ -18,12 +18,13 @@ _open: set[Path] = set()  # temporary folders of this process
 def check_target(target: Path, overwrite: bool, record: str = RECORD) -> None:
     """Refuse, before any work, a target that is in the way or cannot be written; OutputError says what to do.
 
-    What is overwritten, when told to, holds the file ``record`` (so it was written by us) or nothing.
+    An empty folder is in nobody's way. What is overwritten, when told to, holds the file ``record`` (so it was written by us).
     """
-    if target.exists() or target.is_symlink():
+    empty = target.is_dir() and not target.is_symlink() and os.access(target, os.R_OK) and not any(target.iterdir())
+    if not empty and (target.exists() or target.is_symlink()):
         if not overwrite:
             raise OutputError("the output folder exists already: name another with --out, or say --overwrite")
-        if not target.is_dir() or target.is_symlink() or (any(target.iterdir()) and not (target / record).is_file()):
+        if not target.is_dir() or target.is_symlink() or not (target / record).is_file():
             raise OutputError("the output exists and was not written by deft_med: it is not overwritten; name another folder with --out")
     parent = target.absolute().parent
     while not parent.exists():

@@ -12,7 +12,7 @@ PER_STEP = {"dps": ("zeta",)}  # settings that move the image once a step: h sta
 
 @dataclass(frozen=True)
 class Plan:
-    """What is tried, as configs/benchmark.yaml says it: by method, up to ``budget`` settings; ``mr`` in the place of ``grids`` where a
+    """What is tried, as configs/plans/benchmark.yaml says it: by method, up to ``budget`` settings; ``mr`` for ``grids`` where a
     setting means something else there.
 
     Tuning takes ``slices`` of each tune subject. Slow methods have one slice of ``slow_subjects`` subjects, in tuning and in the report,

@@ -14,7 +14,7 @@ from operators.geometry import Trajectory
 
 _FINE = 1.75  # fine grid over image: 4 times faster than 2 at 256 pixels; 1.25 amplifies rounding to an adjoint gap of 2e-6
 _PLANS = 8  # transforms kept ready
-_MISSING = "non-Cartesian MRI needs {0}: pip install deft_med[noncartesian]"
+_MISSING = "non-Cartesian MRI needs {0}: pip install {0}"
 
 
 def check_installed() -> None:

@@ -214,7 +214,7 @@ class _CartesianGram(LinearOperator):
 class NonCartesianMRI(LinearOperator):
     """K-space along a trajectory: (*batch, ny, nx) -> (*batch, C, samples), by the non-uniform FFT.
 
-    finufft on the CPU, cufinufft on CUDA (`pip install deft_med[noncartesian]`); plans are kept and shared by every operator of the
+    finufft on the CPU, cufinufft on CUDA (the extra noncartesian); plans are kept and shared by every operator of the
     same trajectory. `gram` is a convolution on the doubled grid (Toeplitz), with no samples in it, accurate to `eps` like the rest.
     Barnett, Magland, af Klinteberg, SIAM J. Sci. Comput. 41(5), 2019; Fessler et al., IEEE Trans. Signal Process. 53(9), 2005.
 

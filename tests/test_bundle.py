@@ -347,7 +347,8 @@ def test_what_ships_is_whole_and_credited() -> None:
 
 def test_the_command(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bundle.main(["list"]) == 0
-    assert bundle.main(["show", str(saved)]) == 0 and '"name": "small"' in capsys.readouterr().out
+    assert bundle.main(["card", str(saved)]) == 0 and '"name": "small"' in capsys.readouterr().out
+    assert bundle.main(["show", str(saved)]) == 0 and capsys.readouterr().out == (saved / "README.md").read_text()
     assert bundle.main(["check", str(saved)]) == 0 and "small 0.1.0: whole" in capsys.readouterr().out
     assert bundle.main(["check", "nonsense"]) == 2 and bundle.main(["check"]) == 2
     assert "no model of that name" in capsys.readouterr().err

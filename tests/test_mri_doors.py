@@ -181,5 +181,5 @@ def test_spokes_without_the_extra_name_it(tmp_path: Path, capsys: pytest.Capture
     monkeypatch.setattr("operators._nufft.find_spec", lambda name: None)
     path = mrd(tmp_path, radial_readouts(), RADIAL)
     assert main([str(path), "--out", str(tmp_path / "out")]) == 3
-    assert line_of(capsys).endswith("not Cartesian: non-Cartesian MRI needs finufft: pip install deft_med[noncartesian]")
+    assert line_of(capsys).endswith("not Cartesian: non-Cartesian MRI needs finufft: pip install finufft")
     assert list(tmp_path.iterdir()) == [path]
