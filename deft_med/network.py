@@ -22,7 +22,8 @@ class Embedding(nn.Module):
 
     def __init__(self, scalars: int, dim: int, frequencies: int = 8) -> None:
         super().__init__()
-        self.register_buffer("frequencies", 2.0 ** torch.linspace(-3, 1, frequencies), persistent=False)
+        octaves = [-3 + 4 * k / (frequencies - 1) for k in range(frequencies)]  # not by torch: on "meta" it would load its compiler
+        self.register_buffer("frequencies", torch.tensor([2.0**octave for octave in octaves]), persistent=False)
         self.layers = nn.Sequential(nn.Linear(scalars * 2 * frequencies, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
 
     def forward(self, scalars: Tensor) -> Tensor:

@@ -43,12 +43,12 @@ METRIC_NAMES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "nmse": "NMSE", "psnr_body"
                 "psnr_head": "PSNR, head (dB)", "ssim_head": "SSIM, head"}  # fmt: skip
 
 
-def page(reconstruction: Any) -> str:
-    """The report as one HTML document: header, key numbers, viewer, the figure of the middle slice, tables."""
+def page(reconstruction: Any, drawn: Any = None) -> str:
+    """The report as one HTML document: header, key numbers, viewer, the figure of the middle slice (or what is ``drawn``), tables."""
+    drawing, drawn = io.BytesIO(), drawn or figure(reconstruction)
+    drawn.savefig(drawing, format="png", dpi=110, metadata={"Software": "deft_med"})
     r = reconstruction
     title = f"{'SIMULATED: ' if r.simulated else ''}{r.title}"
-    drawing, drawn = io.BytesIO(), figure(r)
-    drawn.savefig(drawing, format="png", dpi=110, metadata={"Software": "deft_med"})
     template = Template((Path(__file__).with_name("page.html")).read_text(encoding="utf-8"))
     tables = [_metrics_table(r), _cross_table(r), _chi2_table(r), _trust_table(r), _timing_table(r), _provenance_table(r)]
     image = base64.b64encode(drawing.getvalue()).decode()

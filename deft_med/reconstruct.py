@@ -313,8 +313,7 @@ def publish(result, source, out, arguments, wanted: str, model, flags: list[str]
                 record["clipped"] = record.get("clipped", 0) + io.write(
                     volume, file, source, format=form, kind=kind, description=description, derivation=derivation,
                     simulated=result.simulated, uid_entropy=[f"{key} {value}" for key, value in provenance.items()])
-        report.report_png(result, folder / "report.png")
-        report.report_html(result, folder / "report.html")
+        report.reports(result, folder)
         write_record(folder, record)
     return record
 
