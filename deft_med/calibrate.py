@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--protocol", default="ct_sparse60", metavar="P[,P2]", help="names or files (default: %(default)s)")
     p.add_argument("--model", metavar="NAME|DIR", help="default: --into or the shipped one of the protocol's modality")
     p.add_argument("--samples", type=int, default=8, metavar="K", help="samples per slice, 2 or more (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=20, metavar="N", help="denoiser evaluations per sample (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=10, metavar="N", help="denoiser evaluations per sample (default: %(default)s)")
     p.add_argument("--slices", type=int, default=3, help="at most this many slices of a subject, evenly spaced (default: %(default)s)")
     p.add_argument("--subjects", type=int, help="at most this many subjects")
     p.add_argument("--seed", type=int, default=0)

@@ -203,7 +203,8 @@ def _read(source: str | Path, kind: type) -> dict:
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{source}.yaml"
         if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
+            room = {"Plan": "plans", "Training": "train"}.get(kind.__name__, "")
+            known = ", ".join(f"{room}/{p.stem}".lstrip("/") for p in sorted((FOLDER / room).glob("*.yaml")))
             raise UsageError(f"no {kind.__name__.lower()} of that name: give a .yaml file or one of {known}")
     if not path.is_file():
         raise UsageError(f"no such configuration file (expected YAML for a {kind.__name__.lower()})")

@@ -74,7 +74,8 @@ def cross_check(scan: Scan, model: Model | None, methods: Sequence[str], *, shar
         number += (2 if measured.is_complex() else 1) * int(there.sum())
         for method in methods:
             with torch.no_grad():
-                drawn, _ = solve(problem, method, model, steps=steps, samples=samples, seed=seed, index=index, zeta=zeta_of(estimate))
+                drawn, _ = solve(problem, method, model, steps=steps, samples=samples, seed=seed, index=kept.first + index,
+                                 zeta=zeta_of(estimate))
                 left = (problem.predict(held.acquisition, drawn.mean(1))[0].cpu() - measured).abs() * there
             misfit[method] += float((left / sigma)[there].square().sum())
             misses[method] = misses[method] + _by_unit(left.square().double().numpy(), unit)

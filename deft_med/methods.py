@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from deft_med import guidance, peers
 from deft_med.errors import UsageError
 from deft_med.finetune import online_evaluations
-from deft_med.pipeline import STEPS
+from deft_med.pipeline import POINT_STEPS, STEPS
 
 GUIDED = {**guidance.METHODS, **peers.PEERS}
 CONSISTENCY = {"deft": None, "deft-dc": 0, "deft+dc": 4}
@@ -49,7 +49,9 @@ class Entry:
         """Evaluations of a sample; 0 where there is no sampling."""
         if self.name == "deft-online":
             return online_evaluations(int(self.settings.get("iterations", ONLINE["iterations"])))
-        return int(self.settings.get("steps", GUIDED[self.name].steps if self.name in GUIDED else STEPS if self.samples else 0))
+        if self.name in GUIDED or not self.samples:
+            return int(self.settings.get("steps", GUIDED[self.name].steps if self.name in GUIDED else 0))
+        return int(self.settings.get("steps", POINT_STEPS if "zeta" in self.settings else STEPS))
 
     @property
     def slow(self) -> bool:

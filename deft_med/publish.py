@@ -20,17 +20,22 @@ def check_target(target: Path, overwrite: bool, record: str = RECORD) -> None:
 
     An empty folder is in nobody's way. What is overwritten, when told to, holds the file ``record`` (so it was written by us).
     """
-    empty = target.is_dir() and not target.is_symlink() and os.access(target, os.R_OK) and not any(target.iterdir())
-    if not empty and (target.exists() or target.is_symlink()):
+    if not _empty(target) and (target.exists() or target.is_symlink()):
         if not overwrite:
             raise OutputError("the output folder exists already: name another with --out, or say --overwrite")
         if not target.is_dir() or target.is_symlink() or not (target / record).is_file():
             raise OutputError("the output exists and was not written by deft_med: it is not overwritten; name another folder with --out")
-    parent = target.absolute().parent
+    parent = target.absolute() if _empty(target) else target.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or _read_only(parent):
         raise OutputError("the output folder cannot be written: name a writable one with --out")
+
+
+def _empty(target: Path) -> bool:
+    """Whether it is a folder with nothing in it, but for what is being made there."""
+    return (target.is_dir() and not target.is_symlink() and os.access(target, os.R_OK)
+            and all(path in _open for path in target.absolute().iterdir()))
 
 
 def _read_only(folder: Path) -> bool:
@@ -52,12 +57,17 @@ def published(target: Path, overwrite: bool = False, record: str = RECORD) -> It
     """
     check_target(target, overwrite, record)
     target = target.absolute()
-    beside = target.with_name(f".{target.name}.part-{uuid.uuid4().hex[:12]}")
+    empty = _empty(target)  # it stays the folder that somebody prepared: a mount, or with rights of its own
+    beside = (target / ".part" if empty else target).with_name(f".{target.name}.part-{uuid.uuid4().hex[:12]}")
     try:
         _open.add(beside)
         beside.mkdir(parents=True)
         yield beside
-        if target.exists():
+        if empty:
+            check_target(target, False, record)
+            for made in sorted(beside.iterdir(), key=lambda path: path.name == record):  # the record last: it says that all is there
+                os.rename(made, target / made.name)
+        elif target.exists():
             check_target(target, overwrite, record)
             old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:12]}")
             os.rename(target, old)

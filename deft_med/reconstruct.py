@@ -4,9 +4,10 @@ INPUT is a measurement: sinogram.npz, k-space as fastMRI or ISMRMRD (MRD) HDF5 o
 (that slice), a folder of one DICOM series, a NIfTI file. An image holds no measurements: it is studied retrospectively under
 --protocol, and everything that is written says SIMULATED.
 
-Exit codes: 0 done; 2 usage; 3 input readable but not for us; 4 input broken; 6 resources; 7 output in the way; 8 the model does not
-fit; 9 done, but chi2 is above what the model's card knows of this protocol or, where it knows nothing, above 2: results are written,
-marked CHECK FAILED, and want a look before use. A batch may take 0 and 9 for "results are there" and everything else for "they are not".
+Exit codes: 0 done; 1 a bug; 2 usage; 3 input readable but not for us; 4 input broken; 6 resources; 7 output in the way; 8 the model does
+not fit; 9 done, but chi2 is above what the model's card knows of this protocol or, where it knows nothing, above 2 (means and classical
+fits: 3): results are written, marked CHECK FAILED, and want a look before use; 130, 143 interrupted or terminated. A batch may take 0 and 9
+for "results are there" and everything else for "they are not".
 """
 
 import argparse
@@ -30,15 +31,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--example", choices=["ct", "mr"],
                    help="instead of INPUT: a head CT slice that ships with pydicom, or an analytic MR phantom")
     p.add_argument("--out", default="reconstruction", metavar="DIR", help="output folder (default: %(default)s)")
-    p.add_argument("--slices", metavar="A[:B]", help="only slice A, or slices A to B, counted from 1")
+    p.add_argument("--slices", metavar="A[:B]", help="only slice A, or slices A to B, counted from 1: the same pixels as among all")
     p.add_argument("--protocol", metavar="NAME|FILE", help="acquisition to simulate (default: ct_sparse60 or mri_cartesian_4x)")
     p.add_argument("--model", metavar="NAME|DIR", help="prior and h-transform (default: the shipped one, ct or mri)")
     p.add_argument("--method", default="deft", choices=["deft", "fbp", "tv", "zero-filled", "cg-sense", "wavelet"],
                    help="deft; fbp or tv for CT; zero-filled, cg-sense, wavelet or tv for MR (default: %(default)s)")
     p.add_argument("--estimate", default="average", choices=["average", "point", "mean", "sample"],
-                   help="average of --samples posterior samples; point: nearly the same image in a quarter of the evaluations, without "
+                   help="average of --samples posterior samples; point: nearly the same image in half of the evaluations, without "
                    "its uncertainty; posterior mean in one evaluation; or one sample (default: %(default)s)")
-    p.add_argument("--steps", type=int, metavar="N", help="denoiser evaluations per sample (default: 20)")
+    p.add_argument("--steps", type=int, metavar="N", help="denoiser evaluations per sample (default: 10; 20 for point)")
     p.add_argument("--samples", type=int, metavar="K", help="samples to average (default: 8; 2 images for point)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
                    "for MR, zero-filled alone beside the fast estimates)")
     p.add_argument("--phase", action="store_true", help="MR: also write the phase, in rad, as volume_phase.nii.gz")
     p.add_argument("--cross-check", action="store_true",
-                   help="also predict 5 %% of the measurements from the others, by every method that is shown; with deft also by tv")
+                   help="also predict 5 %% of the measurements from the others, by every method (or by a classical --method and baseline)")
     p.add_argument("--overwrite", action="store_true", help="replace the output of an earlier run")
     p.add_argument("--allow-lossy", action="store_true", help="accept a source that went through lossy compression; recorded")
     p.add_argument("--out-of-scope-ok", action="store_true", help="run a scan that the model's card does not cover; recorded")
@@ -75,9 +76,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except DeftMedError as error:
         return _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except MemoryError:
         return _fail("out of memory: give fewer slices, or a smaller protocol grid", 6)
     except Exception as error:
@@ -87,6 +85,14 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _print(line: str, stream: Any) -> None:
+    """A line, or nothing where nobody reads any more: a result is not lost for that."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _stopped(number: int, _: object) -> None:
@@ -104,8 +110,8 @@ def _unexpected(error: Exception) -> int:
     if isinstance(error, RuntimeError) and "alloc" in str(error):  # torch's way to say it
         return _fail("out of memory: give fewer slices, or a smaller protocol grid", 6)
     at = traceback.extract_tb(error.__traceback__)[-1]
-    return _fail(f"unexpected {type(error).__name__} in {os.path.basename(at.filename)}, line {at.lineno}: a bug, nothing was written; "
-                 "DEFT_MED_TRACEBACK=1 in the environment shows all of it, please report it", 1)
+    return _fail(f"unexpected {type(error).__name__} in {os.path.basename(at.filename)}, line {at.lineno}: a bug; please report it, with "
+                 "what DEFT_MED_TRACEBACK=1 in the environment shows", 1)
 
 
 def _fail(message: str, code: int) -> int:
@@ -140,13 +146,13 @@ def run(arguments: argparse.Namespace) -> None:
         source = read(path, allow_lossy=arguments.allow_lossy, modality=arguments.modality)
     first, last = chosen(arguments.slices, source.slices)
     source = source.part(first, last)
-    say = (lambda line: None) if arguments.quiet else (lambda line: print(line, file=sys.stderr))
+    say = (lambda line: None) if arguments.quiet else (lambda line: _print(line, sys.stderr))
     wanted = arguments.format or ("dicom" if source.kind == "dicom" else "nifti")
     if wanted != "nifti" and source.kind != "dicom" and not (source.modality == "MR" and source.placed):
         lacks = ("a place in the patient, which the input does not give" if source.modality == "MR" else
                  "a DICOM input, whose patient and study it copies")
         raise UsageError(f"DICOM output wants {lacks}: say --format nifti")
-    from deft_med.pipeline import METHODS, STEPS, check_method, reconstruct
+    from deft_med.pipeline import METHODS, check_method, reconstruct
 
     check_method(arguments.method, source.modality)
     if arguments.phase and source.modality != "MR":
@@ -187,7 +193,7 @@ def run(arguments: argparse.Namespace) -> None:
     bar, ready = _Bar(say, terminal=not arguments.quiet and sys.stderr.isatty()), time.perf_counter()
     result = reconstruct(
         scan, model, method=arguments.method, estimate=arguments.estimate, seed=arguments.seed, device=arguments.device, progress=bar,
-        steps=STEPS if arguments.steps is None else arguments.steps, samples=arguments.samples,
+        steps=arguments.steps, samples=arguments.samples,
         beside=None if arguments.beside is None else [name.strip() for name in arguments.beside.split(",") if name.strip()])
     bar.close()
     result = dataclasses.replace(result, timing={"reading": ready - begun, **result.timing})
@@ -215,7 +221,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         import json
 
-        print(json.dumps(record, indent=2))
+        _print(json.dumps(record, indent=2), sys.stdout)
     say(summary(result, arguments.out, time.perf_counter() - begun))
     if result.failed and not arguments.quality_ok:
         from deft_med.errors import QualityError
@@ -230,8 +236,8 @@ def chosen(text: str | None, count: int) -> tuple[int, int]:
 
     if text is None:
         return 0, count
-    one, _, other = text.partition(":")
-    numbers = [int(part) if part.isdigit() else 0 for part in (one, other or one)]
+    one, colon, other = text.partition(":")
+    numbers = [int(part) if part.isdecimal() else 0 for part in (one, other if colon else one)]
     if not 1 <= numbers[0] <= numbers[1] <= count:
         raise UsageError(f"--slices wants A or A:B between 1 and {count}, got {text!r}")
     return numbers[0] - 1, numbers[1]

@@ -87,7 +87,7 @@ def _simulate_ct(volume: Volume, protocol: Protocol, seed: int) -> Scan:
     for first in range(0, len(source.data), CHUNK):
         lines = operator(attenuation(torch.from_numpy(source.data[first:first + CHUNK])))
         for index, line in enumerate(lines):
-            generator = slice_generator(seed, first + index, purpose="measure")
+            generator = slice_generator(seed, volume.first + first + index, purpose="measure")
             if noise.counts:
                 assert noise.photons is not None
                 read.append(counts.draw(line, noise.photons, noise.electronic, noise.ceiling, generator=generator))
@@ -95,14 +95,14 @@ def _simulate_ct(volume: Volume, protocol: Protocol, seed: int) -> Scan:
             else:
                 noisy, deviation = with_noise(line, noise, generator)
             if protocol.metal is not None:
-                generator = slice_generator(seed, first + index, purpose="metal")
+                generator = slice_generator(seed, volume.first + first + index, purpose="metal")
                 trace = metal_trace(torch.from_numpy(reference.data[first + index]), grid, beam, protocol.metal, generator)
                 noisy, deviation = noisy.masked_fill(trace, 0), deviation.expand_as(noisy).masked_fill(trace, torch.inf)
             y.append(noisy)
             sigma.append(deviation)
     kept = Counts(torch.stack(read).numpy(), noise.photons, noise.electronic, noise.ceiling) if read and noise.photons else None
     return Scan(y=torch.stack(y).numpy(), acquisition=beam, grid=grid, noise=torch.stack(sigma).numpy(), reference=reference,
-                affine=reference.affine, simulated=True, protocol=protocol.name, counts=kept)
+                affine=reference.affine, simulated=True, protocol=protocol.name, counts=kept, first=volume.first)
 
 
 def metal_trace(hu: Tensor, grid: Grid, beam: ParallelBeam | FanBeam, metal: Metal, generator: Generator) -> Tensor:
@@ -128,10 +128,11 @@ def _simulate_slices(volume: Volume, protocol: SliceProtocol, seed: int) -> Scan
     reference = reference.resample_to(reconstruction_grid(reference, protocol.grid))
     acquisition = protocol.acquisition(reference.shape[1:])
     thick = SliceMean(acquisition)(torch.from_numpy(reference.data))
-    y = [gaussian(one, protocol.noise_hu, generator=slice_generator(seed, k, purpose="measure")) for k, one in enumerate(thick)]
+    y = [gaussian(one, protocol.noise_hu, generator=slice_generator(seed, k, purpose="measure"))
+         for k, one in enumerate(thick, volume.first)]
     return Scan(y=torch.stack(y).numpy(), acquisition=acquisition, grid=Grid(shape=reference.shape[1:], spacing=reference.spacing[1:]),
                 noise=np.full((1, 1, 1), protocol.noise_hu, np.float32), reference=reference, affine=reference.affine, simulated=True,
-                protocol=protocol.name)
+                protocol=protocol.name, first=volume.first)
 
 
 def _simulate_mr(volume: Volume, protocol: KSpaceProtocol, seed: int) -> Scan:
@@ -149,7 +150,7 @@ def _simulate_mr(volume: Volume, protocol: KSpaceProtocol, seed: int) -> Scan:
     maps = masks(1, protocol.coils, shape, slice_generator(seed, 0, purpose="coils"))[0]
     physics = encoding(acquisition, maps)
     y, sigma, faintest = [], [], 1e-3 * float(reference.data.max()) or 1.0  # an empty slice is measured too
-    for index, magnitude in enumerate(torch.from_numpy(reference.data)):
+    for index, magnitude in enumerate(torch.from_numpy(reference.data), volume.first):
         generator = slice_generator(seed, index, purpose="measure")
         image = torch.polar(magnitude, smooth_phase(1, shape, generator)[0])
         level = protocol.noise_percent / 100 * max(float(magnitude.max()), faintest)
@@ -160,7 +161,7 @@ def _simulate_mr(volume: Volume, protocol: KSpaceProtocol, seed: int) -> Scan:
     noise = np.array(sigma, np.float32).reshape(-1, *[1] * y[0].ndim)
     codes = np.repeat(maps.numpy()[None], len(y), 0) if protocol.phaseless else None
     return Scan(y=torch.stack(y).numpy(), acquisition=acquisition, grid=Grid(shape=shape, spacing=reference.spacing[1:]), noise=noise,
-                reference=reference, affine=reference.affine, simulated=True, protocol=protocol.name, maps=codes,
+                reference=reference, affine=reference.affine, simulated=True, protocol=protocol.name, maps=codes, first=volume.first,
                 phaseless=protocol.phaseless)
 
 

@@ -12,7 +12,8 @@ from deft_med.metrics import LEVEL, MASKS, coverage, reach
 from deft_med.volume import Volume
 
 REGIONS = {"CT": "body", "MR": "head"}
-DOUBTFUL = 2.0  # chi2 that no slice of a sound result reaches
+DOUBTFUL = 2.0  # chi2 that samples of no sound slice reach
+SMOOTHED = 3.0  # the same of means and regularised images: where a slice shows nothing but noise, theirs reaches 2.6
 DIRECT = ("fbp", "zero-filled")  # one formula and no fit: they need not meet the measurements
 SELDOM = 0.01  # the share of slices that may lie above a 99th percentile, and how often a sound run may fail the check
 
@@ -44,31 +45,32 @@ def worth(made: dict) -> str:
     return f"calibrated on {on}{other}"
 
 
-def judge(chi2: Sequence[float], of: str, found: Calibration | None = None, deviation: float = 0.0) -> dict:
+def judge(chi2: Sequence[float], of: str, found: Calibration | None = None, deviation: float = 0.0, first: int = 1) -> dict:
     """The chi2 of what a method drew, slice by slice, against the card's 99th percentile for this very protocol.
 
     Consistency steps may hold that below 1: the limit is never lower than what a true posterior sample stays below in 99 of 100
     slices, 1 + 2.33 ``deviation`` with deviation sqrt(2 / M) of a slice's M measurements. Where no card knows (``found`` is None:
-    measured data, another protocol, a classical method) the limit is DOUBTFUL.
+    measured data, another protocol) the limit is DOUBTFUL, of what is no sample SMOOTHED.
 
     ``of``: "samples", "mean", or the name of a classical method; of `DIRECT` ones, which need not meet the data, nothing is judged.
-    Returns {"chi2", "of", "limit", "because": where the limit is from, "above": the slices above it, counted from 1, "check": "passed",
-    "failed" or "not checked"}. A check fails where more slices are above than 1 in 100 is by chance (in one sound run of 100), or where
-    one slice is DOUBTFUL.
+    Slices count from ``first``. Returns {"chi2", "of", "first", "limit", "because": where the limit is from, "above": the slices above it,
+    "check": "passed", "failed" or "not checked"}. A check fails where more slices are above than 1 in 100 is by chance (in one sound run
+    of 100), or where one is above DOUBTFUL, or SMOOTHED, too.
     """
     made: dict[str, Any] = {"chi2": list(chi2), "of": of, "limit": None, "because": None, "above": [], "check": "not checked"}
     if of in DIRECT:
         return made
-    limit, because = DOUBTFUL, "twice what the true image leaves: the model's card knows nothing nearer"
+    most = DOUBTFUL if of == "samples" else SMOOTHED
+    limit, because = most, "which no sound image reaches" + (": the model's card knows nothing nearer" if of == "samples" else "")
     if found is not None:
         limit = max(found.chi2_99, 1 + ndtri(1 - SELDOM) * deviation)
         because = (f"the 99th percentile of {found.slices} slices of tune subjects" if limit == found.chi2_99 else
                    f"below which noise alone leaves 99 % of true images; the {found.slices} slices of tune subjects stayed below "
                    f"{found.chi2_99:.3g}")
-    above = [index + 1 for index, value in enumerate(chi2) if not value <= limit]
+    above = [number for number, value in enumerate(chi2, first) if not value <= limit]
     many = bool(above) and bdtr(len(above) - 1, len(chi2), SELDOM) >= 1 - SELDOM
-    failed = many or any(not chi2[k - 1] <= max(DOUBTFUL, limit) for k in above)
-    return made | {"limit": limit, "because": because, "above": above, "check": "failed" if failed else "passed"}
+    failed = many or any(not chi2[k - first] <= max(most, limit) for k in above)
+    return made | {"first": first, "limit": limit, "because": because, "above": above, "check": "failed" if failed else "passed"}
 
 
 def verdict(made: dict, protocol: str | None) -> str:
@@ -77,10 +79,10 @@ def verdict(made: dict, protocol: str | None) -> str:
     if not above:
         return ""
     shown = ", ".join(map(str, above[:8])) + ("" if len(above) <= 8 else f" and {len(above) - 8} more")
-    worst = max(made["chi2"][k - 1] for k in above)
+    worst = max(made["chi2"][k - made["first"]] for k in above)
     of = f"the {made['of']}" if made["of"] in ("samples", "mean") else made["of"]
     under = f", under {protocol}" if protocol else ""
-    return (f"chi2 of {of} is up to {worst:.3g} in slice{'s' * (len(above) > 1)} {shown} of {len(made['chi2'])}, above "
+    return (f"chi2 of {of} is up to {worst:.3g} in slice{'s' * (len(above) > 1)} {shown} ({len(above)} of {len(made['chi2'])}), above "
             f"{made['limit']:.3g}, {made['because']}{under}: the image contradicts the measurements there, or their noise, coil maps or "
             "geometry are not what was assumed")
 

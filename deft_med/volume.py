@@ -32,6 +32,7 @@ class Volume:
         data: float32 [slice, row, column].
         affine: float64 (4, 4), maps (column, row, slice, 1) of a voxel's centre to LPS mm (the affine of PS3.3 C.7.6.2.1.1).
         unit: what the values are: "HU", "a.u." (MR), "1", ...
+        first: where its first slice stands in the series that it is a part of (`part`), counted from 0.
 
     Raises:
         ValueError: data of another rank, empty or not finite; an affine of another shape, singular or not finite; no unit.
@@ -40,6 +41,7 @@ class Volume:
     data: Floats
     affine: Matrix
     unit: str = "HU"
+    first: int = 0
 
     def __post_init__(self) -> None:
         data = _floats("Volume.data", self.data)
@@ -63,7 +65,7 @@ class Volume:
 
     def part(self, first: int, last: int) -> Volume:
         """Slices first to last - 1, where they lie."""
-        return replace(self, data=self.data[first:last], affine=_onward(self.affine, first))
+        return replace(self, data=self.data[first:last], affine=_onward(self.affine, first), first=self.first + first)
 
     def with_data(self, data: ArrayLike, unit: str | None = None) -> Volume:
         """The same place with other values [slice, row, column]; ValueError if the shape differs."""
@@ -169,6 +171,7 @@ class Scan:
         mu_water: CT: attenuation of water at the scan's energy, 1/mm; None is 0.0192 (about 70 keV).
         crop: MR: (rows, columns) of the picture, the central part of the grid (`central`); None is all of it.
         counts: CT: the `Counts` that y and noise were taken from, to be reconstructed by their own likelihood; None where only y is known.
+        first: where its first slice stands in the scan that it is a part of (`part`), counted from 0: its noise is drawn by that.
         phaseless: MR: y is |A x| plus real noise (imaginary part 0), and ``maps`` are the known codes of a coded diffraction experiment.
 
     Raises:
@@ -190,6 +193,7 @@ class Scan:
     noise_is: str = "given"
     counts: Counts | None = None
     phaseless: bool = False
+    first: int = 0
 
     def __post_init__(self) -> None:
         check = _check_ct if self.modality == "CT" else _check_mr
@@ -212,8 +216,9 @@ class Scan:
         noise = self.noise
         if noise is not None and noise.ndim == self.y.ndim and len(noise) > 1:
             noise = noise[first:last]
+        place = self.lps if self.affine is None and self.modality == "CT" else self.affine  # of an MR scan the size may not be known
         return replace(self, y=self.y[first:last], noise=noise, reference=self.reference and self.reference.part(first, last),
-                       affine=None if self.affine is None else _onward(self.affine, first),
+                       first=self.first + first, affine=None if place is None else _onward(place, first),
                        maps=None if self.maps is None else self.maps[first:last],
                        counts=self.counts and self.counts.part(slice(first, last)))
 

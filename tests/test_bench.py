@@ -143,6 +143,7 @@ def test_what_a_problem_does_not_suit_is_skipped_and_said() -> None:
 
 
 def test_slow_methods_are_those_of_many_evaluations_or_of_a_gradient_through_the_prior() -> None:
+    assert [parse(m).steps for m in ("deft:8", "deft:2:zeta=1", "deft:8:steps=20", "conditional:DIR")] == [10, 20, 20, 10]
     assert all(parse(m).slow for m in ("dps", "pigdm", "dps:steps=10", "deft-online", "deft-online:iterations=1", "deft:steps=201"))
     assert not any(parse(m).slow for m in ("deft", "dds", "diffpir", "fbp", "deft:8:steps=200"))
 

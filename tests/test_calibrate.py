@@ -199,10 +199,11 @@ def test_a_check_fails_more_often_than_chance_or_at_one_gross_slice() -> None:
     assert check([1.11, 1.12] + [1.0] * 10) == "failed" and check([2.5] + [1.0] * 99) == "failed"
     assert [judge([value], "samples", card.calibration["p"], 0.1)["check"] for value in (1.15, 1.24)] == ["passed", "failed"]
     assert [check([value], "other") for value in (1.9, 2.1)] == ["passed", "failed"], "where no card knows the limit is two"
+    assert [judge([value], "tv")["check"] for value in (2.9, 3.1)] == ["passed", "failed"], "three of what is no sample"
     assert [judge([9.0], of)["check"] for of in ("fbp", "zero-filled", "tv", "mean")] == ["not checked"] * 2 + ["failed"] * 2
-    assert said([1.0, 1.2]).startswith("chi2 of the samples is up to 1.2 in slice 2 of 2, above 1.1,")
-    assert "and 12 more of 20" in said([1.2] * 20) and said([1.0]) == ""
-    assert verdict(judge([3.0], "wavelet"), None).startswith("chi2 of wavelet is up to 3 in slice 1 of 1, above 2, twice what")
+    assert said([1.0, 1.2]).startswith("chi2 of the samples is up to 1.2 in slice 2 (1 of 2), above 1.1,")
+    assert "and 12 more (20 of 20)" in said([1.2] * 20) and said([1.0]) == ""
+    assert verdict(judge([4.0], "wavelet", first=7), None).startswith("chi2 of wavelet is up to 4 in slice 7 (1 of 1), above 3, which")
     assert parse({**CARD, **blank}).calibrated("p") == ("", None) and card.calibrated(None) == ("", None)
     everywhere = parse({**CARD, **blank, "calibration": {"p": ONE, "all": {**ONE, "factor": 2.0}}})
     assert everywhere.calibrated("q") == ("all", Calibration(**{**ONE, "factor": 2.0})) and everywhere.calibrated("p")[0] == "p"

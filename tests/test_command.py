@@ -110,7 +110,7 @@ def test_some_slices_of_a_volume(tmp_path: Path, capsys: pytest.CaptureFixture) 
     one, two = (nibabel.load(out / "volume.nii.gz") for out in (whole, some))
     assert two.shape[2] == 2 and np.allclose(two.affine[:3, 3], (one.affine @ [0, 0, 2, 1])[:3])
     assert json.loads((some / "run.json").read_text())["provenance"]["slices"] == "3:4"
-    for text in ("0", "3:2", "5:7", "a", "-1"):
+    for text in ("0", "3:2", "5:7", "a", "-1", "3:", "\u00b2"):
         assert fbp(tmp_path / "body.nii.gz", "--modality", "CT", f"--slices={text}", "--out", tmp_path / "no") == 2
         assert "--slices wants A or A:B between 1 and 6" in capsys.readouterr().err
 
@@ -119,6 +119,27 @@ def test_help_is_quick_and_light() -> None:
     code = ("import sys; from deft_med.reconstruct import parser; parser().format_help(); "
             "print([m for m in ('torch', 'monai', 'numpy', 'pydicom', 'matplotlib') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_prepared_empty_folder_stays_the_folder_that_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir(mode=0o751)
+    before = out.stat()
+    monkeypatch.chdir(out)
+    with pytest.raises(RuntimeError, match="half"), published(Path(".")) as folder:
+        (folder / "a").write_text("half")
+        raise RuntimeError("half")
+    assert not list(out.iterdir())
+    assert fbp("--example", "ct", "--out", ".") == 0
+    after = out.stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode) and (out / "run.json").is_file()
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_who_stops_listening_does_not_lose_the_result(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m deft_med.reconstruct --example ct --method fbp --json --out {tmp_path / 'out'}"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} 2>&1 | true"], check=False)
+    assert done.returncode == 0 and (tmp_path / "out" / "run.json").is_file()
 
 
 def test_a_file_in_the_way_and_a_parent_that_is_a_file(tmp_path: Path) -> None:

@@ -74,9 +74,32 @@ def test_samples_that_make_no_lines_count_one_by_one(tmp_path: Path) -> None:
     assert (scan.acquisition.mask == points).all() and scan.y.shape == KSPACE.shape
     np.testing.assert_allclose(scan.y, KSPACE * points, atol=1e-6)
     assert "sampled point by point" in source.describe() and f"{48 * 20 / points.sum():.3g}-fold" in source.describe()
-    other = np.stack([KSPACE[0] * points, KSPACE[1] * points[::-1]])
-    with pytest.raises(UnsupportedError, match="slices differ in their sampled points"):
-        read(fastmri(tmp_path, kspace=other, reconstruction_rss=None))
+    for first, second in ((points, points[::-1]), (points, points & (np.arange(20) < 10)), (np.ones_like(points), points)):
+        with pytest.raises(UnsupportedError, match="slices differ in their sampled points"):
+            read(fastmri(tmp_path, kspace=np.stack([KSPACE[0] * first, KSPACE[1] * second]), reconstruction_rss=None))
+
+
+def test_slices_across_a_readout_have_the_other_axes_of_the_header(tmp_path: Path) -> None:
+    """A 3D scan of 512 x 48 x 20, cut along its readout: rows are phase encodes, columns partitions, neither is oversampled."""
+    def space(name: str, *sizes: float) -> str:
+        words = [f"<{axis}>{size:g}</{axis}>" for axis, size in zip("xyzxyz", sizes, strict=True)]
+        return (f"<{name}><matrixSize>{''.join(words[:3])}</matrixSize><fieldOfView_mm>{''.join(words[3:])}</fieldOfView_mm></{name}>")
+
+    old = mr_header(centre=24, last=47)
+    start, stop = old.index("<encodedSpace>"), old.index("</reconSpace>") + len("</reconSpace>")
+    header = old[:start] + space("encodedSpace", 512, 48, 20, 512, 96, 50) + space("reconSpace", 256, 48, 16, 256, 96, 40) + old[stop:]
+    for points in (np.ones((48, 20), bool), np.random.default_rng(2).random((48, 20)) < 0.4):
+        source = read(fastmri(tmp_path, kspace=KSPACE * points, ismrmrd_header=header, reconstruction_rss=None))
+        scan = scan_of(source)
+        assert scan.y.shape == KSPACE.shape and scan.grid.spacing == (2.0, 2.5) and scan.picture == (48, 16)
+        assert (scan.acquisition.mask == points).all() and scan.noise is None
+        assert ("point by point" if not points.all() else "cut across the readout") in source.describe()
+
+
+def test_a_few_dead_samples_are_no_pattern(tmp_path: Path) -> None:
+    dead = KSPACE * (np.random.default_rng(3).random((2, 1, 48, 20)) > 0.04)
+    scan = scan_of(read(fastmri(tmp_path, kspace=dead)))
+    assert scan.acquisition.mask.all() and scan.y.shape == WANTED.shape
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.float32])

@@ -51,8 +51,12 @@ def test_a_stray_zero_is_no_other_mask(tmp_path: Path) -> None:
 def test_other_conventions_are_named(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"would have 48 coils on 20 x 3 samples.*moveaxis\(kspace, -1, -3\)"):
         read(npy(tmp_path, np.moveaxis(KSPACE[0], 0, -1)))
-    with pytest.raises(UnsupportedError, match="k = 0 lies in the corner"):
-        read(npy(tmp_path, np.fft.ifftshift(KSPACE[0], (-2, -1))))
+    stated = read(npy(tmp_path, np.moveaxis(KSPACE[0], 0, -1), {"axes": ["coil", "ky", "kx"]}))
+    assert stated.scan is not None and stated.scan.y.shape == (1, 48, 20, 3), "who says it is believed"
+    for axes in ((-2,), (-1,), (-2, -1)):
+        with pytest.raises(UnsupportedError) as refused:
+            read(npy(tmp_path, np.fft.ifftshift(KSPACE[0], axes)))
+        assert f"numpy.fft.fftshift(kspace, {axes})" in str(refused.value)
 
 
 def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -43,6 +43,11 @@ class Space:
     matrix: tuple[int, int, int]
     fov: tuple[float, float, float] | None
 
+    def across(self) -> Space:
+        """The same as one who looks along the readout sees it: (phase, partition, readout)."""
+        fov = None if self.fov is None or not self.fov[2] > 0 else (*self.fov[1:], self.fov[0])
+        return Space((*self.matrix[1:], self.matrix[0]), fov)
+
 
 @dataclass(frozen=True)
 class Header:
@@ -63,6 +68,15 @@ class Header:
     trajectory: str
     calibration: str
     bandwidth: float
+
+    def of_slices(self, shape: tuple[int, int]) -> tuple[Header, bool]:
+        """The header of k-space slices ``shape``, and whether these lie across the readout of a 3D scan: phase and partition encodes.
+
+        The encoding limits are not those of partitions: across the readout there are none.
+        """
+        if self.encoded.matrix[:2] == shape or self.encoded.matrix[1:] != shape:
+            return self, False
+        return replace(self, encoded=self.encoded.across(), recon=self.recon.across(), centre=None, last=None), True
 
 
 @dataclass(frozen=True)

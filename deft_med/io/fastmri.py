@@ -19,7 +19,8 @@ from deft_med.io.source import Source
 from deft_med.volume import Scan, Volume, central
 from operators.geometry import Cartesian, Grid
 
-STRAY = 0.01  # share of the samples in sampled rows and columns that may be exactly 0; with more, single points were sampled
+HOLES = 0.1  # share of the samples in sampled rows and columns that may be exactly 0; with more, single points were sampled
+STRAY = 0.01  # share of such points that may differ from slice to slice
 REFERENCES = ("reconstruction_rss", "reconstruction_esc")
 
 
@@ -42,11 +43,14 @@ def read(file: h5py.File, *, digest: str, max_bytes: int) -> Source:
     coils = raw.shape[1] if raw.ndim == 4 else 1
     notes: list[str] = []
     header = encoding.parse(hdf5.header(file, "ismrmrd_header", max_bytes)) if "ismrmrd_header" in file else None
+    header, across = header.of_slices((height, width)) if header is not None else (None, False)
     limits = _limits(header, width)
     stated = _columns(file, limits, width, max_bytes)
     points = _points(raw, stated)
     rows = points.any(1)
-    scattered = bool((~points[np.ix_(rows, points.any(0))]).mean() > STRAY) if points.any() else False
+    scattered = _holes(points) > HOLES
+    if scattered or across:
+        notes.append("sampled point by point" if scattered else "cut across the readout")
     if header is None:
         plan = encoding.Layout(height, None, None)
         notes.append("no header XML: zero-padding known from zero columns only")
@@ -56,10 +60,8 @@ def read(file: h5py.File, *, digest: str, max_bytes: int) -> Source:
         if header.trajectory not in ("cartesian", "unknown"):
             raise UnsupportedError(f"the header XML says trajectory {header.trajectory}; expected cartesian in a file of this "
                                    "layout: write it as ISMRMRD, with its points")  # fmt: skip
-        plan = encoding.layout(header, (height, width), whole=bool(rows.all()) and not scattered)
-        if scattered:
-            notes.append("sampled point by point: no axis is taken for a readout")
-        elif not rows.all():
+        plan = encoding.layout(header, (height, width), whole=bool(rows.all()) and not (scattered or across))
+        if not (rows.all() or scattered or across):
             notes.append("readout not sampled from end to end: its oversampling stays")
     if slices * coils * plan.rows * width * 8 > max_bytes:
         raise ResourceError(f"kspace needs more than {max_bytes / 2**30:.3g} GiB; give fewer slices or raise max_bytes")
@@ -68,13 +70,15 @@ def read(file: h5py.File, *, digest: str, max_bytes: int) -> Source:
     for index in range(slices):
         image = _slice(raw, index)
         image[..., ~stated] = 0
-        if scattered and image.any() and ((image != 0).any(0) & ~points).any():
+        found = (image != 0).any(0)
+        other = scattered or _holes(found) > HOLES  # of lines, rows may be padding in one slice and not in another
+        if other and found.any() and (found != points).mean() > STRAY * points.mean():
             raise UnsupportedError("the slices differ in their sampled points; one mask for all is supported: give each as a file")
-        here = (image != 0).any((0, 1))
-        if index and filled.any() and here.any() and (here != filled).any():
+        here = found.any(0)
+        if not scattered and filled.any() and here.any() and (here != filled).any():
             raise UnsupportedError("the slices differ in their sampled columns; one mask for all is supported: give each as a file")
         filled |= here
-        edges.append(None if scattered else encoding.edges(image, here, plan.rows))
+        edges.append(None if scattered or across else encoding.edges(image, here, plan.rows))
         y[index] = encoding.narrow(image, plan.rows)
     columns: NDArray[np.bool_] = stated & filled
     if not columns.any():
@@ -103,6 +107,11 @@ def _slice(raw: h5py.Dataset, index: int) -> NDArray[np.complex64]:
     if not np.isfinite(image).all():
         raise UnsupportedError(f"kspace holds values that are not finite (NaN), in slice {index + 1} of {len(raw)}; export it again")
     return image.reshape(-1, *image.shape[-2:])
+
+
+def _holes(points: NDArray[np.bool_]) -> float:
+    """The share of the samples (height, width) in rows and columns that hold anything which hold nothing."""
+    return 1.0 - float(points[np.ix_(points.any(1), points.any(0))].mean()) if points.any() else 0.0
 
 
 def _points(raw: h5py.Dataset, columns: NDArray[np.bool_]) -> NDArray[np.bool_]:

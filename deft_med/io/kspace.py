@@ -26,13 +26,13 @@ from deft_med.errors import CorruptError, ResourceError, UnsupportedError
 from deft_med.io.arrays import UNREADABLE, npy_header
 from deft_med.io.gate import MAX_BYTES, broken, content, digest
 from deft_med.io.source import Source
-from deft_med.volume import Scan, central
+from deft_med.volume import Scan
 from operators.geometry import Cartesian, Grid
 
 AXES = ["slice", "coil", "ky", "kx"]
 CENTRES = ("array centre (n//2)", "array centre")
 LONGEST_SIDECAR = 2**20
-FAR = 10.0  # times the power in the middle of k-space that its corners never have
+FAR = 10.0  # times the power in the middle of k-space that its ends never have
 STRAY = 0.01  # share of samples that may be exactly 0 in one slice and not in another
 
 
@@ -53,12 +53,12 @@ def read(path: Path, *, max_bytes: int = MAX_BYTES) -> Source:
     if side.get("centre") not in (None, *CENTRES):
         raise UnsupportedError(f"the side-car's centre must be {CENTRES[0]!r}: k = 0 in the middle (numpy.fft.fftshift)")
     coils, *sides = array.shape[-3:]
-    if coils > min(sides):
+    if coils > min(sides) and "axes" not in side:
         raise UnsupportedError(f"k-space of shape {array.shape} would have {coils} coils on {sides[0]} x {sides[1]} samples; expected "
                                f"{AXES[-array.ndim :]}: if the coils are last, numpy.moveaxis(kspace, -1, -3) puts them first")
-    if _cornered(array):
-        raise UnsupportedError("k = 0 lies in the corner of k-space; expected it in the middle, at n // 2: save "
-                               "numpy.fft.fftshift(kspace, (-2, -1))")  # fmt: skip
+    if axes := _shifted(array):
+        raise UnsupportedError(f"k = 0 lies at an end of k-space's axes {axes}; expected it in the middle, at n // 2: save "
+                               f"numpy.fft.fftshift(kspace, {axes})")  # fmt: skip
     y = array.reshape((1,) * (4 - array.ndim) + array.shape)
     mask = _mask(y, side.get("mask"))
     fov, sigma = _lengths(side, "fov_mm", 2), _lengths(side, "noise_sigma", 1)
@@ -70,11 +70,18 @@ def read(path: Path, *, max_bytes: int = MAX_BYTES) -> Source:
     return Source("kspace", scan=scan, digest=digest(path), notes=notes, placed=False, sized=fov is not None)
 
 
-def _cornered(array: NDArray[np.complex64]) -> bool:
-    """Whether an eighth of each axis about the corners holds more than the same in the middle, by far."""
-    power = (np.abs(array.astype(np.complex128)) ** 2).reshape(-1, *array.shape[-2:]).sum(0)
-    middle, corner = (central(p, [max(1, n // 8) for n in p.shape]).sum() for p in (power, np.fft.fftshift(power)))
-    return bool(corner > FAR * middle)
+def _shifted(array: NDArray[np.complex64]) -> tuple[int, ...]:
+    """Axes along which k = 0 lies at the ends, not in the middle: an eighth of each axis about it holds more there, by far."""
+    def power(axes: tuple[int, ...]) -> float:
+        part = array
+        for axis in (-2, -1):
+            n, half = array.shape[axis], max(1, array.shape[axis] // 16)
+            part = part.take(np.arange(-half, half) % n if axis in axes else np.arange(n // 2 - half, n // 2 + half) % n, axis)
+        return float((np.abs(part.astype(np.complex128)) ** 2).sum())
+
+    found = {axes: power(axes) for axes in ((), (-2,), (-1,), (-2, -1))}
+    most = max(found, key=lambda axes: found[axes])
+    return most if found[most] > FAR * found[()] > 0 else ()
 
 
 def _array(path: Path, max_bytes: int) -> NDArray[np.complex64]:
