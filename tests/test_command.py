@@ -15,7 +15,7 @@ import pytest
 from bad_inputs import BAD_INPUTS, CANARY
 from test_bundle import CARD, ENTRY, states
 
-from deft_med import bundle, io
+from deft_med import bundle, io, reconstruct
 from deft_med.attribution import attribution
 from deft_med.config import protocol
 from deft_med.errors import OutputError
@@ -113,6 +113,15 @@ def test_some_slices_of_a_volume(tmp_path: Path, capsys: pytest.CaptureFixture) 
     for text in ("0", "3:2", "5:7", "a", "-1", "3:", "\u00b2"):
         assert fbp(tmp_path / "body.nii.gz", "--modality", "CT", f"--slices={text}", "--out", tmp_path / "no") == 2
         assert "--slices wants A or A:B between 1 and 6" in capsys.readouterr().err
+
+
+def test_progress_is_a_line_a_minute_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, now = [], iter([0.0, 20.0, 70.0, 100.0, 140.0])
+    monkeypatch.setattr("deft_med.reconstruct.time.perf_counter", lambda: next(now))
+    bar = reconstruct._Bar(said.append, terminal=False)
+    for done in (1, 2, 3, 4):
+        bar(done, 8)
+    assert said == ["25 % of 8 evaluations, about 4 min left", "50 % of 8 evaluations, about 2 min left"]
 
 
 def test_help_is_quick_and_light() -> None:
