@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -15,12 +16,12 @@ import pytest
 from bad_inputs import BAD_INPUTS, CANARY
 from test_bundle import CARD, ENTRY, states
 
-from deft_med import bundle, io, reconstruct
+from deft_med import bundle, io
 from deft_med.attribution import attribution
 from deft_med.config import protocol
 from deft_med.errors import OutputError
 from deft_med.publish import check_target, published
-from deft_med.reconstruct import main, parser
+from deft_med.reconstruct import _Bar, main, parser
 from deft_med.simulate import simulate
 
 CASES = sorted(BAD_INPUTS)
@@ -116,9 +117,10 @@ def test_some_slices_of_a_volume(tmp_path: Path, capsys: pytest.CaptureFixture) 
 
 
 def test_progress_is_a_line_a_minute_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    said, now = [], iter([0.0, 20.0, 70.0, 100.0, 140.0])
-    monkeypatch.setattr("deft_med.reconstruct.time.perf_counter", lambda: next(now))
-    bar = reconstruct._Bar(said.append, terminal=False)
+    said: list[str] = []
+    now = iter([0.0, 20.0, 70.0, 100.0, 140.0])
+    monkeypatch.setattr(sys.modules[main.__module__], "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    bar = _Bar(said.append, terminal=False)
     for done in (1, 2, 3, 4):
         bar(done, 8)
     assert said == ["25 % of 8 evaluations, about 4 min left", "50 % of 8 evaluations, about 2 min left"]
