@@ -24,6 +24,7 @@ NAMES = {"fbp": "FBP", "tv": "TV", "zero-filled": "Zero-filled", "cg-sense": "CG
          "dds": "DDS", "ddnm": "DDNM+",
          "diffpir": "DiffPIR", "red-diff": "RED-diff", "reconstruction": "Rec. guidance", "deepinv-dps": "DPS (deepinv)",
          "deepinv-diffpir": "DiffPIR (deepinv)"}  # fmt: skip
+CROWD = 8  # with more methods than these the left side has their numbers, which stand beside their names at the right
 _INK, _GREY, _GRID, _BLUE, _ORANGE = "#16202a", "#5b6875", "#e4e9ee", "#0072b2", "#d55e00"
 
 
@@ -62,7 +63,8 @@ def quality(path: str | Path, rows: Sequence[Mapping], reference: str, title: st
     names, most = labels(shown), max((r["slices"] for r in shown), default=0)
     fig = Figure(figsize=(12.5, max(4.6, 1.6 + 0.34 * len(shown))), facecolor="white", layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(1.15, 1))
-    points = [(r["seconds"]["mean"], r["paired"]["psnr"]["difference"]) for r in shown]
+    differences = {r["method"]: r["paired"]["psnr"]["difference"] for r in shown}
+    points = [(r["seconds"]["mean"], differences[r["method"]]) for r in shown]
     used = {family(r["method"]): None for r in shown}
     for r, (x, y) in zip(shown, points, strict=True):
         colour, marker = FAMILIES[family(r["method"])]
@@ -86,11 +88,13 @@ def quality(path: str | Path, rows: Sequence[Mapping], reference: str, title: st
     if title:
         fig.suptitle(title, size=10, color=_INK)
     fig.get_layout_engine().set(rect=(0, 0, 0.99, 1))  # type: ignore[union-attr, call-arg]
-    _forest(right, shown, names, reference)
+    order = sorted((r["method"] for r in shown if r["method"] != reference), key=lambda m: -differences[m])
+    numbers = {m: str(k) for k, m in enumerate(order, 1)} if len(shown) > CROWD else {}
+    _forest(right, shown, {m: f"{name}   {numbers[m]}" if m in numbers else name for m, name in names.items()}, reference)
     for ax in (left, right):
         _clean(ax)
     fig.draw_without_rendering()
-    _place(left, points, [names[r["method"]] for r in shown])
+    _place(left, points, [numbers.get(r["method"], names[r["method"]]) for r in shown])
     fig.savefig(Path(path), format="png", dpi=130)
 
 
