@@ -157,7 +157,7 @@ def test_without_lengths_the_size_is_not_known(tmp_path: Path) -> None:
 
 def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("operators._nufft.find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match=r"not Cartesian: .* pip install deft_med\[noncartesian\]"):
+    with pytest.raises(UnsupportedError, match=r"not Cartesian: .* pip install finufft"):
         read(mrd(tmp_path, radial_readouts(), RADIAL))
 
 

@@ -315,7 +315,7 @@ def test_root_sum_of_squares():
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(_nufft, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs finufft: pip install deft_med\[noncartesian\]"):
+    with pytest.raises(ValueError, match=r"needs finufft: pip install finufft"):
         NonCartesianMRI(patterns.radial(EVEN, 3))
     for device, name in (("cpu", "finufft"), ("cuda", "cufinufft")):
         monkeypatch.setitem(__import__("sys").modules, name, None)
