@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tune", action="store_true", help="choose settings on the manifest's tune subjects first")
     p.add_argument("--tune-on", default="tune", metavar="SPLIT[:TEXT]",
                    help="the split of the tune subjects, and in the place of --only a TEXT for their paths (default: %(default)s)")
-    p.add_argument("--plan", default="plans/benchmark", metavar="NAME|FILE", help="what --tune tries, and what slow methods run on")
+    p.add_argument("--plan", default="benchmark", metavar="NAME|FILE", help="what --tune tries, and what slow methods run on")
     p.add_argument("--reference", metavar="METHOD", help="what the others are compared with (default: DEFT's default)")
     p.add_argument("--sweep", metavar="N,N,...", help="deft with these numbers of steps, on the slices of the slow methods")
     p.add_argument("--lesions", type=int, default=0, metavar="N",

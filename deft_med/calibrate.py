@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--protocol", default="ct_sparse60", metavar="P[,P2]", help="names or files (default: %(default)s)")
     p.add_argument("--model", metavar="NAME|DIR", help="default: --into or the shipped one of the protocol's modality")
     p.add_argument("--samples", type=int, default=8, metavar="K", help="samples per slice, 2 or more (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=10, metavar="N", help="denoiser evaluations per sample (default: %(default)s)")
+    p.add_argument("--steps", type=int, metavar="N", help="denoiser evaluations per sample (default: that of deft_med.reconstruct)")
     p.add_argument("--slices", type=int, default=3, help="at most this many slices of a subject, evenly spaced (default: %(default)s)")
     p.add_argument("--subjects", type=int, help="at most this many subjects")
     p.add_argument("--seed", type=int, default=0)
@@ -55,10 +55,11 @@ def run(arguments: argparse.Namespace) -> dict:
     from deft_med.config import protocol as protocol_of
     from deft_med.errors import UsageError
     from deft_med.network import use_half
-    from deft_med.pipeline import device_of
+    from deft_med.pipeline import STEPS, device_of
     from deft_med.study import chosen_slices, digest
     from deft_med.subjects import entries
 
+    arguments.steps = STEPS if arguments.steps is None else arguments.steps
     if arguments.samples < 2 or arguments.steps < 2 or arguments.slices < 1:
         raise UsageError(f"--samples and --steps are at least 2 and --slices at least 1, got {arguments.samples}, {arguments.steps} and "
                          f"{arguments.slices}")

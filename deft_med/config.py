@@ -198,16 +198,22 @@ def load(source: str | Path, kind: type[T]) -> T:
     return build(_read(source, kind), kind)
 
 
-def _read(source: str | Path, kind: type) -> dict:
+def find(source: str | Path, kind: type) -> Path:
+    """The YAML file of that path or, in the folder of configs/ that a kind names as its ``room``, of that name; else UsageError."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
-        path = FOLDER / f"{source}.yaml"
+        room = FOLDER / getattr(kind, "room", "")
+        path = room / f"{source}.yaml"
         if not path.is_file():
-            room = {"Plan": "plans", "Training": "train"}.get(kind.__name__, "")
-            known = ", ".join(f"{room}/{p.stem}".lstrip("/") for p in sorted((FOLDER / room).glob("*.yaml")))
+            known = ", ".join(sorted(p.stem for p in room.glob("*.yaml")))
             raise UsageError(f"no {kind.__name__.lower()} of that name: give a .yaml file or one of {known}")
     if not path.is_file():
         raise UsageError(f"no such configuration file (expected YAML for a {kind.__name__.lower()})")
+    return path
+
+
+def _read(source: str | Path, kind: type) -> dict:
+    path = find(source, kind)
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

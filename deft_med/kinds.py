@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Training:
-    """A training's configuration, as the YAML file in configs/ says it."""
+    """A training's configuration, as the YAML file in configs/train says it."""
 
+    room: ClassVar[str] = "train"
     kind: str
     network: Network
     recipe: Recipe

@@ -49,9 +49,8 @@ class Entry:
         """Evaluations of a sample; 0 where there is no sampling."""
         if self.name == "deft-online":
             return online_evaluations(int(self.settings.get("iterations", ONLINE["iterations"])))
-        if self.name in GUIDED or not self.samples:
-            return int(self.settings.get("steps", GUIDED[self.name].steps if self.name in GUIDED else 0))
-        return int(self.settings.get("steps", POINT_STEPS if "zeta" in self.settings else STEPS))
+        drawn = 0 if not self.samples else POINT_STEPS if "zeta" in self.settings else STEPS
+        return int(self.settings.get("steps", GUIDED[self.name].steps if self.name in GUIDED else drawn))
 
     @property
     def slow(self) -> bool:

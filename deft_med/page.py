@@ -287,11 +287,11 @@ def _chi2_table(r: Any) -> str:
     text += ": the reference's own χ² says how much." if "reference" in names and _finite(r.chi2.get("reference")) else "."
     text += "" if look(r).unit != "HU" else (" 0.85 to 1 is usual in CT: the noise level here allows for detail finer than the pixels, "
                                              "and most scans have less of it.")  # fmt: skip
-    if limit := _trust(r, "quality").get("limit"):
-        text += f" Here the limit is {limit:.3f}, {_trust(r, 'quality')['because']}."
-        text += f" The check {_trust(r, 'quality')['check']}."
-    elif r.method in DIRECT:
+    quality = _trust(r, "quality")
+    if r.method in DIRECT:
         text += f" Nothing is checked: {method_name(r.method)} is one formula, which need not meet the data."
+    elif quality.get("limit"):
+        text += f" Here the limit is {quality['limit']:.3f}, {quality['because']}. The check {quality['check']}."
     return f"<section>{_table('Agreement with the data', text, ('Image', 'χ²'), rows)}</section>"
 
 

@@ -167,10 +167,7 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
     found: dict = {"quality": trust.judge(misfits, of, known, math.sqrt(2 * slices / measurements), first=scan.first + 1)}
     if words := trust.verdict(found["quality"], scan.protocol):
         warnings.append(words)
-    most, least = (pick(range(slices), key=lambda k: misfits[k]) for pick in (max, min))
-    if of in trust.DIRECT and misfits[most] > DOUBTFUL:
-        warnings.append(f"slice {scan.first + most + 1}: chi2 is {misfits[most]:.1f} where 1 is expected: what {method} shows contradicts "
-                        "the measurements, or their noise, coil maps or geometry are not what was assumed")
+    least = min(range(slices), key=lambda k: misfits[k])
     if of == "samples" and misfits[least] < 1 / DOUBTFUL:
         warnings.append(f"slice {scan.first + least + 1}: chi2 is {misfits[least]:.2f} where 1 is expected: there is less noise than "
                         "assumed")

@@ -58,7 +58,7 @@ def published(target: Path, overwrite: bool = False, record: str = RECORD) -> It
     check_target(target, overwrite, record)
     target = target.absolute()
     empty = _empty(target)  # it stays the folder that somebody prepared: a mount, or with rights of its own
-    beside = (target / ".part" if empty else target).with_name(f".{target.name}.part-{uuid.uuid4().hex[:12]}")
+    beside = (target if empty else target.parent) / f".{target.name}.part-{uuid.uuid4().hex[:12]}"
     try:
         _open.add(beside)
         beside.mkdir(parents=True)

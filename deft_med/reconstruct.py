@@ -144,8 +144,8 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         path = example(arguments.example) if arguments.example else Path(arguments.input)
         source = read(path, allow_lossy=arguments.allow_lossy, modality=arguments.modality)
-    first, last = chosen(arguments.slices, source.slices)
-    source = source.part(first, last)
+    if arguments.slices is not None:
+        source = source.part(*chosen(arguments.slices, source.slices))
     say = (lambda line: None) if arguments.quiet else (lambda line: _print(line, sys.stderr))
     wanted = arguments.format or ("dicom" if source.kind == "dicom" else "nifti")
     if wanted != "nifti" and source.kind != "dicom" and not (source.modality == "MR" and source.placed):
@@ -230,12 +230,10 @@ def run(arguments: argparse.Namespace) -> None:
                            "--quality-ok")
 
 
-def chosen(text: str | None, count: int) -> tuple[int, int]:
+def chosen(text: str, count: int) -> tuple[int, int]:
     """Slices A to B as first and last + 1, counted from 0; UsageError for what is not there."""
     from deft_med.errors import UsageError
 
-    if text is None:
-        return 0, count
     one, colon, other = text.partition(":")
     numbers = [int(part) if part.isdecimal() else 0 for part in (one, other if colon else one)]
     if not 1 <= numbers[0] <= numbers[1] <= count:
@@ -335,8 +333,8 @@ def summary(result, out: str, seconds: float) -> str:
         found = result.cross_check["methods"]
         missed = {name: 100 * each["error"] for name, each in found.items()}
         others = {name: value for name, value in missed.items() if name != result.method}
-        pair = [result.method, *([min(others, key=lambda name: others[name])] if others else [])]
-        worse = found[max(pair, key=lambda name: missed[name])]  # whose distance from the best is that of the two
+        second = sorted(missed, key=lambda name: missed[name])[:2][-1]  # where ours is the best, its distance is the next one's
+        worse = found[result.method if found[result.method]["behind"] else second]
         words = f"; they differ by {100 * worse['behind']:.1f} +- {100 * worse['behind_se']:.1f}" if worse["behind_se"] else ""
         parts.append(f"held-out error {missed[result.method]:.1f} %" + _best(others, min, ".1f", words))
     known = [("images" if result.estimate == "point" else "samples", "samples"), ("mean", "mean"),

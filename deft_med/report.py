@@ -19,13 +19,17 @@ __all__ = ["NOTICE", "loss_curve", "report_html", "report_png", "reports", "samp
 
 def report_png(reconstruction: Any, path: str | Path, slice_index: int | None = None) -> None:
     """Draw one slice (the middle one by default) beside other methods, reference, differences and standard deviation, to a PNG file."""
-    figure(reconstruction, slice_index).savefig(Path(path), format="png", dpi=150, metadata={"Software": "deft_med"})
+    _save(figure(reconstruction, slice_index), Path(path))
+
+
+def _save(drawn: Figure, path: Path) -> None:
+    drawn.savefig(path, format="png", dpi=150, metadata={"Software": "deft_med"})
 
 
 def reports(reconstruction: Any, folder: Path) -> None:
     """report.png and report.html in a folder, of one drawing."""
     drawn = figure(reconstruction)
-    drawn.savefig(folder / "report.png", format="png", dpi=150, metadata={"Software": "deft_med"})
+    _save(drawn, folder / "report.png")
     (folder / "report.html").write_text(page(reconstruction, drawn), encoding="utf-8")
 
 

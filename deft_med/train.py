@@ -51,13 +51,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from deft_med.config import FOLDER, load
+    from deft_med.config import find, load
     from deft_med.fit import fit
     from deft_med.kinds import Training, assemble, trained
     from deft_med.network import use_half
 
-    shipped = FOLDER / "train" / f"{arguments.config}.yaml"
-    source = shipped if shipped.is_file() else Path(arguments.config)
+    source = find(arguments.config, Training)
     config = load(source, Training)
     out = Path(arguments.out or Path("runs") / source.stem)
     if (out / "state.safetensors").exists() and not arguments.resume:

@@ -52,14 +52,11 @@ def judge(chi2: Sequence[float], of: str, found: Calibration | None = None, devi
     slices, 1 + 2.33 ``deviation`` with deviation sqrt(2 / M) of a slice's M measurements. Where no card knows (``found`` is None:
     measured data, another protocol) the limit is DOUBTFUL, of what is no sample SMOOTHED.
 
-    ``of``: "samples", "mean", or the name of a classical method; of `DIRECT` ones, which need not meet the data, nothing is judged.
+    ``of``: "samples", "mean", or the name of a classical method; `DIRECT` ones, which need not meet the data, cannot fail.
     Slices count from ``first``. Returns {"chi2", "of", "first", "limit", "because": where the limit is from, "above": the slices above it,
     "check": "passed", "failed" or "not checked"}. A check fails where more slices are above than 1 in 100 is by chance (in one sound run
     of 100), or where one is above DOUBTFUL, or SMOOTHED, too.
     """
-    made: dict[str, Any] = {"chi2": list(chi2), "of": of, "limit": None, "because": None, "above": [], "check": "not checked"}
-    if of in DIRECT:
-        return made
     most = DOUBTFUL if of == "samples" else SMOOTHED
     limit, because = most, "which no sound image reaches" + (": the model's card knows nothing nearer" if of == "samples" else "")
     if found is not None:
@@ -70,7 +67,8 @@ def judge(chi2: Sequence[float], of: str, found: Calibration | None = None, devi
     above = [number for number, value in enumerate(chi2, first) if not value <= limit]
     many = bool(above) and bdtr(len(above) - 1, len(chi2), SELDOM) >= 1 - SELDOM
     failed = many or any(not chi2[k - first] <= max(most, limit) for k in above)
-    return made | {"first": first, "limit": limit, "because": because, "above": above, "check": "failed" if failed else "passed"}
+    return {"chi2": list(chi2), "of": of, "first": first, "limit": limit, "because": because, "above": above,
+            "check": "not checked" if of in DIRECT else "failed" if failed else "passed"}
 
 
 def verdict(made: dict, protocol: str | None) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from deft_med.errors import UsageError
 from deft_med.methods import Entry, parse
@@ -19,6 +20,7 @@ class Plan:
     and ``slow_steps`` evaluations at most while they are tuned.
     """
 
+    room: ClassVar[str] = "plans"
     grids: dict[str, tuple[dict[str, float], ...]] = field(default_factory=dict)
     mr: dict[str, tuple[dict[str, float], ...]] = field(default_factory=dict)
     budget: int = 8

@@ -150,7 +150,7 @@ def test_slow_methods_are_those_of_many_evaluations_or_of_a_gradient_through_the
 
 # ------------------------------------------------------------------------------------------------------------ tuning
 def test_the_budget_is_the_same_for_all() -> None:
-    plan = load("plans/benchmark", Plan)
+    plan = load("benchmark", Plan)
     assert plan.budget == 8 and all(len(grid) == 8 for grid in plan.grids.values()) and set(plan.grids) <= {*CLASSICAL, *GUIDED}
     for name, grid in plan.grids.items():
         tried = candidates(name, plan)
