@@ -40,8 +40,8 @@ def _deepinv() -> Any:
         _KEPT.append(missing)
         return _imported()
     except ImportError as error:
-        raise UsageError(f"deepinv is not installed with all that it needs ({error}): type pip install deepinv==0.5.0, or leave out the "
-                         "methods deepinv-*") from error
+        raise UsageError(f"deepinv is not installed with all that it needs ({error}): type "
+                         "pip install -c requirements.lock deepinv==0.5.0, or leave out the methods deepinv-*") from error
 
 
 _KEPT: list = []  # a definition lives as long as its library

@@ -101,7 +101,7 @@ def test_what_is_refused(lab: Laboratory, scan: tuple[Tensor, Gaussian], monkeyp
         peers.sample_with("deepinv-dps", lab.prior, counts, **run)
     monkeypatch.setitem(sys.modules, "deepinv", None)
     peers._deepinv.cache_clear()
-    with pytest.raises(UsageError, match=r"deepinv is not installed.*pip install deepinv=="):
+    with pytest.raises(UsageError, match=r"deepinv is not installed.*pip install -c requirements.lock deepinv=="):
         peers.sample_with("deepinv-dps", lab.prior, likelihood, **run)
     peers._deepinv.cache_clear()
 
