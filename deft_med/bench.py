@@ -23,7 +23,7 @@ from deft_med.meter import Meter
 from deft_med.methods import CLASSICAL, CONSISTENCY, GUIDED, ONLINE, POSTERIOR, TRAINED, Entry, parse
 from deft_med.network import use_half
 from deft_med.nonlinear import Transmission
-from deft_med.pipeline import SAMPLES, draw_posterior
+from deft_med.pipeline import SAMPLES, TOGETHER, draw_posterior
 from deft_med.problem import FILTER, Problem, pose
 from deft_med.schedule import Denoiser, in_turns
 from deft_med.simulate import slice_generator
@@ -176,10 +176,13 @@ class Bench:
             if "sd" in GUIDED[entry.name].settings:
                 settings.setdefault("sd", model.deft.prior.sd)
             generators = [slice_generator(self.seed, 0, k, purpose="sample") for k in range(count)]
-            room = peers if entry.name in peers.PEERS else guidance
-            try:  # each sample from the first mirror on, as DEFT's
-                return torch.cat([room.sample_with(entry.name, in_turns(model.deft.prior, model.mirrors), likelihood, steps=entry.steps,
-                                                   generators=[one], **settings) for one in generators])
+            peer = entry.name in peers.PEERS  # they take one item; ours as many together as DEFT does
+            groups = [[g] for g in generators] if peer else [generators[k:k + TOGETHER] for k in range(0, count, TOGETHER)]
+            room = peers if peer else guidance
+            try:  # mirrors take turns from the first one on, as DEFT's
+                return torch.cat([room.sample_with(
+                    entry.name, in_turns(model.deft.prior, model.mirrors), likelihood.take(torch.zeros(len(group), dtype=torch.long)),
+                    steps=entry.steps, generators=group, **settings) for group in groups])
             except ValueError as error:
                 raise UsageError(f"method {entry.text}: {error}") from error
         if entry.folder:
@@ -192,7 +195,7 @@ class Bench:
                               consistency=self._consistency(entry), zeta=entry.settings.get("zeta"))[0]
 
     def _consistency(self, entry: Entry) -> int:
-        fixed = CONSISTENCY.get(entry.name)
+        fixed = CONSISTENCY[entry.name]
         return int(entry.settings.get("consistency", self._model(entry).consistency if fixed is None else fixed))
 
     @staticmethod

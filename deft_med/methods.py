@@ -4,10 +4,10 @@ A method is NAME[:WORD...][:SETTING=VALUE...]. Without a network fbp:WINDOW:cuto
 other classical methods of a problem; networks trained on pairs supervised:DIR, conditional:DIR; samplers on the model's prior deft,
 `guidance.METHODS` and, where installed, `peers.PEERS`. Of samplers, conditional ones included, a WORD is a number of samples to average,
 "sample" for one or, where one evaluation at the highest noise level answers, "mean"; they know the setting steps. ``deft+dc`` takes four
-steps of data consistency, ``deft-dc`` none, deft what the card says or ``consistency``; eta, trust and mirrored replace the card's too,
-and with zeta (1: all of it) the noise is drawn anew at every level, for averages that need fewer images (`pipeline.draw_posterior`).
-deft-online trains its own h on the measurement, one weight of the residual per noise level, in so many ``iterations`` at a ``rate``,
-and draws one sample.
+steps of data consistency, ``deft-dc`` and conditional none, deft what the card says or ``consistency``; eta, trust and mirrored replace
+the card's too, and with zeta (1: all of it) the noise is drawn anew at every level, for averages that need fewer images
+(`pipeline.draw_posterior`). deft-online trains its own h on the measurement, one weight of the residual per noise level, in so many
+``iterations`` at a ``rate``, and draws one sample.
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ from deft_med.finetune import online_evaluations
 from deft_med.pipeline import POINT_STEPS, STEPS
 
 GUIDED = {**guidance.METHODS, **peers.PEERS}
-CONSISTENCY = {"deft": None, "deft-dc": 0, "deft+dc": 4}
+CONSISTENCY = {"deft": None, "deft-dc": 0, "deft+dc": 4, "conditional": 0}  # steps of it; None: what the card says
 TRAINED = ("supervised", "conditional")
-POSTERIOR = (*CONSISTENCY, "conditional")  # their samples start around a posterior mean that they share
+POSTERIOR = tuple(CONSISTENCY)  # their samples start around a posterior mean that they share
 CLASSICAL = {"fbp": ("cutoff",), "tv": ("weight",), "zero-filled": (), "cg-sense": ("weight",), "wavelet": ("weight",),
              "interpolation": (), "projections": ()}  # fmt: skip
 ONLINE = {"iterations": 16.0, "rate": 0.1}  # of deft-online
