@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
     ran = {r["method"] for r in survey.records}
     put = [m for m in methods if m in ran and (arguments.lesions_slow or m not in slow)]
     disks = survey.lesions(put, arguments.slices, arguments.lesions, out / "lesions.jsonl") if arguments.lesions else []
-    report(survey, methods, slow, pairs, renamed.get(reference, reference), tuned, arguments.split, out, lesions.summary(disks))
+    report(survey, methods, slow, pairs, renamed.get(reference, reference), tuned, arguments.split, out, disks)
 
 
 def tune(bench: Any, methods: list[str], listed: list[dict], protocol: Any, plan: Any, arguments: argparse.Namespace, out: Any) -> dict:
@@ -198,9 +198,9 @@ def report(survey: Any, methods: list[str], slow: list[str], pairs: dict[int, tu
         text += [f"DEFT by steps, on {few_words}:", "", scores.sweep_table(told["sweep"])]
     if disks:
         order = {m: k for k, m in enumerate(methods)}
-        disks = sorted(disks, key=lambda r: (order[r["method"]], r["contrast"]))
-        told["lesions"] = [{key: value if value == value else None for key, value in r.items()} for r in disks]  # NaN is no JSON
-        text += ["Lesions:", "", lesions.table(disks)]
+        rows = sorted(lesions.summary(disks, reference), key=lambda r: (order[r["method"]], r["contrast"]))
+        told["lesions"] = [{key: value if value == value else None for key, value in r.items()} for r in rows]  # NaN is no JSON
+        text += ["Lesions:", "", lesions.table(rows)]
     if tuned:
         edges = [f"{found['becomes']} ({', '.join(found['edge'])})" for found in tuned.values() if found["edge"]]
         text += [f"Tuned on {_counted(max(found['subjects'] for found in tuned.values()), 'other subject')}, one sample, by mean PSNR, "

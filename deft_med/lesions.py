@@ -176,45 +176,79 @@ def study(run: Run, sources: Iterable[Source], protocol: object, methods: Sequen
                 yield record
 
 
-def summary(records: Iterable[dict]) -> list[dict]:
+def summary(records: Iterable[dict], reference: str | None = None) -> list[dict]:
     """One row per method and contrast, in the order in which they came.
 
-    ``recovered``: mean over disks of (a present - a absent) / contrast; ``detectability``: d'; ``_se``: standard errors over disks (of d'
-    by leaving out one at a time); ``false_per_slice`` and ``false_per_1000_mm2``; ``disks``, ``slices``, ``subjects``: how many.
+    ``recovered``: mean over disks of (a present - a absent) / contrast; ``detectability``: d'; ``_se``: their standard errors, by leaving
+    out one subject at a time (jackknife), for disks of one subject share its noise and its anatomy; NaN for a single subject.
+    ``false_per_slice`` and ``false_per_1000_mm2``; ``disks``, ``slices``, ``subjects``: how many. With a ``reference`` method
+    ``recovered_minus`` and ``detectability_minus``: the method less the reference on the disks that both have, with ``_se``.
     """
     found: dict[tuple, dict[tuple, dict]] = {}
     for record in records:
         found.setdefault((record["method"], record["contrast"]), {})[record["subject"], record["slice"]] = record
-    rows = []
+    pairs = {}
     for (method, contrast), of in found.items():
         without = found.get((method, 0.0), {})
-        pairs = [(r["amplitudes"], without[k]["amplitudes"]) for k, r in of.items() if k in without]
-        if not contrast or not pairs:
-            continue
-        present, absent = (np.concatenate(side) for side in zip(*pairs, strict=True))
-        share, n = (present - absent) / contrast, len(present)
-        left = np.array([detectability(np.delete(present, k), np.delete(absent, k)) for k in range(n)])
+        both = {k: np.array([r["amplitudes"], without[k]["amplitudes"]]) for k, r in of.items() if k in without}
+        if contrast and both:
+            pairs[method, contrast] = both
+    rows = []
+    for (method, contrast), own in pairs.items():
+        without = found[method, 0.0]
         false = sum(r["false"] for r in without.values())
-        rows.append({
-            "method": method, "contrast": contrast, "disks": n, "slices": len(pairs), "subjects": len({subject for subject, _ in of}),
-            "recovered": float(share.mean()), "recovered_se": float(share.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan,
-            "detectability": detectability(present, absent), "detectability_se": math.sqrt((n - 1) * left.var()),
-            "false_per_slice": false / len(without), "false_per_1000_mm2": 1000 * false / sum(r["area_mm2"] for r in without.values())})
+        row = {"method": method, "contrast": contrast, "disks": sum(scores.shape[1] for scores in own.values()), "slices": len(own),
+               "subjects": len({subject for subject, _ in own})}
+        for name, measure in (("recovered", lambda both, c=contrast: float(np.mean(both[0] - both[1])) / c),
+                              ("detectability", lambda both: detectability(*both))):
+            row[name], row[f"{name}_se"] = _jackknife(measure, own)
+            if reference is not None and method != reference and (reference, contrast) in pairs:
+                row[f"{name}_minus"], row[f"{name}_minus_se"] = _jackknife(measure, own, pairs[reference, contrast])
+        rows.append(row | {"false_per_slice": false / len(without),
+                           "false_per_1000_mm2": 1000 * false / sum(r["area_mm2"] for r in without.values())})
     return rows
 
 
+def _jackknife(measure: Callable[[np.ndarray], float], own: dict[tuple, np.ndarray],
+               other: dict[tuple, np.ndarray] | None = None) -> tuple[float, float]:
+    """A measure of scores (present or absent, disk), or its difference from the other ones' on the same slices, and its standard error:
+    sqrt((n - 1) / n sum (left out - their mean)^2) with one of n subjects left out at a time (Efron and Stein, Ann. Stat. 9(3), 1981)."""
+    keys = [key for key in own if other is None or key in other]
+
+    def value(chosen: list[tuple]) -> float:
+        if not chosen:
+            return math.nan
+        made, *less = (measure(np.concatenate([scores[key] for key in chosen], axis=1)) for scores in (own, other) if scores is not None)
+        return made - sum(less)
+
+    subjects = sorted({subject for subject, _ in keys})
+    left = np.array([value([key for key in keys if key[0] != subject]) for subject in subjects])
+    return value(keys), math.sqrt((len(left) - 1) * left.var()) if len(left) > 1 else math.nan
+
+
 def table(rows: Sequence[dict]) -> str:
-    """Markdown of a ``summary``: a line per method."""
+    """Markdown of a ``summary``: a line per method; below them the differences from a reference, where there is one."""
     contrasts = sorted({r["contrast"] for r in rows})
     most = max(rows, key=lambda r: r["disks"], default={"disks": 0, "slices": 0, "subjects": 0})
     heads = [h for c in contrasts for h in (f"{c:g} HU: recovered", "d'")]
     lines = [f"n = {most['disks']} disks of {DIAMETER:g} mm in {most['slices']} slices of {most['subjects']} subjects, ± standard error "
-             f"over disks; false: places above {FALSE:g} HU without disks", "",
+             f"over subjects; false: places above {FALSE:g} HU without disks", "",
              f"| method | {' | '.join(heads)} | false / slice | false / 1000 mm² |", "|---" * (len(heads) + 3) + "|"]
-    for method in dict.fromkeys(r["method"] for r in rows):
-        of = {r["contrast"]: r for r in rows if r["method"] == method}
-        cells = [f"{of[c][key]:.{digits}f} ± {of[c][key + '_se']:.{digits}f}" if c in of else "-"
-                 for c in contrasts for key, digits in (("recovered", 2), ("detectability", 1))]
+    methods = dict.fromkeys(r["method"] for r in rows)
+
+    def cells(of: dict[float, dict], suffix: str, sign: str = "") -> str:
+        return " | ".join(f"{of[c][key + suffix]:{sign}.{digits}f} ± {of[c][key + suffix + '_se']:.{digits}f}"
+                          if key + suffix in of.get(c, {}) else "-"
+                          for c in contrasts for key, digits in (("recovered", 2), ("detectability", 1)))
+
+    by_method = {method: {r["contrast"]: r for r in rows if r["method"] == method} for method in methods}
+    for method, of in by_method.items():
         false = next(iter(of.values()))
-        lines.append(f"| {method} | {' | '.join(cells)} | {false['false_per_slice']:.1f} | {false['false_per_1000_mm2']:.2f} |")
+        lines.append(f"| {method} | {cells(of, '')} | {false['false_per_slice']:.1f} | {false['false_per_1000_mm2']:.2f} |")
+    compared = [method for method, of in by_method.items() if any("recovered_minus" in r for r in of.values())]
+    if compared:
+        reference = next(method for method in methods if method not in compared)
+        lines += ["", f"Difference from {reference} on the same disks, ± standard error over subjects:", "",
+                  f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|",
+                  *(f"| {method} | {cells(by_method[method], '_minus', '+')} |" for method in compared)]
     return "\n".join(lines) + "\n"

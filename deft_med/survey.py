@@ -99,6 +99,8 @@ class Survey:
                 placed = len(own[0]["amplitudes"]) if own else 0
                 wanted, made = wanted - placed, made + placed
             self.tell(f"lesions: {made} of {count} disks, {number + 1}/{len(self.subjects)} subjects")
+        if made < count:
+            self.tell(f"lesions: there was room for {made} of {count} disks, {DISKS} a slice: say more --slices or --subjects")
         return found
 
     @property

@@ -189,7 +189,7 @@ def test_a_check_fails_more_often_than_chance_or_at_one_gross_slice() -> None:
     card = parse({**CARD, **blank, "calibration": {"p": ONE}})
 
     def check(chi2: list[float], protocol: str | None = "p") -> str | None:
-        return judge(chi2, "samples", card.calibration.get(protocol or ""))["check"]
+        return judge(chi2, "samples", card.calibration.get(protocol or ""), 0.03)["check"]
 
     def said(chi2: list[float]) -> str:
         return verdict(judge(chi2, "samples", card.calibration["p"]), "p")
@@ -197,6 +197,7 @@ def test_a_check_fails_more_often_than_chance_or_at_one_gross_slice() -> None:
     assert check([1.0]) == "passed" and check([1.11]) == "failed" and check([float("nan")]) == "failed"
     assert check([1.11] + [1.0] * 11) == "passed", "one of twelve is chance in one run of ten"
     assert check([1.11, 1.12] + [1.0] * 10) == "failed" and check([2.5] + [1.0] * 99) == "failed"
+    assert check([1.24] + [1.0] * 11) == "passed" and check([1.26] + [1.0] * 11) == "failed", "five deviations are no chance"
     assert [judge([value], "samples", card.calibration["p"], 0.1)["check"] for value in (1.15, 1.24)] == ["passed", "failed"]
     assert [check([value], "other") for value in (1.9, 2.1)] == ["passed", "failed"], "where no card knows the limit is two"
     assert [judge([value], "tv")["check"] for value in (2.9, 3.1)] == ["passed", "failed"], "three of what is no sample"

@@ -135,7 +135,7 @@ def test_a_linear_method_keeps_contrast_and_a_blurred_one_does_not(monkeypatch: 
     records = list(study(run, sources(3), MANY, ["fbp", "blurred"], contrasts=(20.0, 200.0), count=3))
     assert json.loads(json.dumps(records)) == records
     assert [(r["method"], r["contrast"]) for r in records[:6]] == [(m, c) for c in (0.0, 20.0, 200.0) for m in ("fbp", "blurred")]
-    rows = {(r["method"], r["contrast"]): r for r in lesions.summary(records)}
+    rows = {(r["method"], r["contrast"]): r for r in lesions.summary(records, "fbp")}
     assert len(rows) == 4
     sharp, weak, blurred = rows["fbp", 200.0], rows["fbp", 20.0], rows["blurred", 200.0]
     assert sharp["recovered"] == pytest.approx(1.0, abs=0.07)
@@ -146,7 +146,20 @@ def test_a_linear_method_keeps_contrast_and_a_blurred_one_does_not(monkeypatch: 
     assert sharp["recovered_se"] < 0.02 and sharp["detectability_se"] > 0
     text = lesions.table(list(rows.values()))
     assert f"n = {sharp['disks']} disks of 8 mm in 3 slices of 3 subjects" in text and "| 200 HU: recovered | d' |" in text
-    assert f"| blurred | {rows['blurred', 20.0]['recovered']:.2f} ± " in text and len(text.splitlines()) == 6
+    assert f"| blurred | {rows['blurred', 20.0]['recovered']:.2f} ± " in text and len(text.splitlines()) == 12
+    assert "recovered_minus" not in sharp and blurred["recovered_minus"] == pytest.approx(blurred["recovered"] - sharp["recovered"])
+    assert "Difference from fbp on the same disks" in text
+    assert len(lesions.table(lesions.summary(records)).splitlines()) == 6
+
+
+def test_disks_of_one_subject_count_as_one_draw() -> None:
+    """Subjects differ by 20, their disks not at all: the error of the mean is that of two subjects, however many disks they have."""
+    records = [{"method": "m", "contrast": c, "subject": who, "slice": k, "amplitudes": [c * share + k] * 4, "false": 0, "area_mm2": 1.0}
+               for c in (0.0, 100.0) for who, share in (("a", 0.4), ("b", 0.6)) for k in range(3)]
+    row, = lesions.summary(records)
+    assert row["disks"] == 24 and row["recovered"] == pytest.approx(0.5)
+    assert row["recovered_se"] == pytest.approx(np.std([0.4, 0.6], ddof=1) / 2**0.5)
+    assert np.isnan(lesions.summary([r for r in records if r["subject"] == "a"])[0]["recovered_se"])
 
 
 lesions_pose = lesions.pose
