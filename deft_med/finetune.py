@@ -39,7 +39,7 @@ from deft_med.likelihood import Gaussian
 from deft_med.sample import ddim, start
 from deft_med.schedule import SIGMA_MAX, Denoiser, sigmas
 
-LEVELS = 17  # of `online`
+LEVELS, ITERATIONS = 17, 16  # of `online`
 OBJECTIVES = ("relative-entropy", "vargrad", "balance")
 Control = Callable[..., Tensor]  # (x, D, g, sigma (B,), s_img (B,), log_ratio) -> sigma^2 h: an `HTransform` or what has its face
 
@@ -218,7 +218,7 @@ class Silent(nn.Module):
         return torch.zeros_like(x[:, : x.shape[1] // 3])
 
 
-def online(prior: Denoiser, h: HTransform | None, likelihood: Gaussian, *, iterations: int = 16, seed: int = 0,
+def online(prior: Denoiser, h: HTransform | None, likelihood: Gaussian, *, iterations: int = ITERATIONS, seed: int = 0,
            rates: tuple[float, float] = (0.1, 0.0), progress: Callable[[dict], None] | None = None) -> tuple[HTransform, list[dict]]:
     """An h for one measurement and the records of its training (`finetune`); the h that is given stays as it is.
 
@@ -226,7 +226,9 @@ def online(prior: Denoiser, h: HTransform | None, likelihood: Gaussian, *, itera
     ``rates`` are Adam's for w and for h's network; what has the rate 0 is not trained. 16 steps from sigma_max, pairs of paths:
     68 evaluations of the prior an iteration, half of them with a gradient. Raises ValueError as `finetune` does.
     """
-    tuned = HTransform(Silent(), sd=getattr(prior, "sd", 0.5)) if h is None else copy.deepcopy(h)
+    with torch.random.fork_rng(devices=[]):  # a fresh h is random within, and the same for the same seed
+        torch.manual_seed(seed)
+        tuned = HTransform(Silent(), sd=getattr(prior, "sd", 0.5)) if h is None else copy.deepcopy(h)
     tuned.to(likelihood.s_img)
     parts = zip((tuned.weight, tuned.network), rates, strict=True)
     groups = [{"params": list(part.requires_grad_(rate > 0).parameters()), "lr": rate} for part, rate in parts]
@@ -235,12 +237,24 @@ def online(prior: Denoiser, h: HTransform | None, likelihood: Gaussian, *, itera
     return tuned.requires_grad_(False), history
 
 
-def sample_online(prior: Denoiser, likelihood: Gaussian, *, generator: Generator, iterations: int = 16, rate: float = 0.1,
-                  seed: int = 0) -> Tensor:
-    """One image (1, C, ny, nx) by the h that `online` makes of nothing but the measurement, on the levels that it was trained on."""
+def sample_online(prior: Denoiser, likelihood: Gaussian, *, generator: Generator, iterations: int = ITERATIONS, rate: float = 0.1,
+                  seed: int = 0, progress: Callable[[int, int], None] | None = None) -> Tensor:
+    """One image (1, C, ny, nx) by the h that `online` makes of nothing but the measurement, on the levels that it was trained on.
+
+    ``progress(done, total)`` is called after every iteration and at the end, with evaluations of the prior.
+    """
+    total = online_evaluations(iterations)
+
+    def tell(record: dict) -> None:
+        if progress is not None:
+            progress(4 * LEVELS * (record["iteration"] + 1), total)
+
     with torch.enable_grad():
-        h, _ = online(prior, None, likelihood, iterations=iterations, rates=(rate, 0.0), seed=seed)
-    return rollout(prior, h, likelihood, _levels(prior), batch=1, generator=generator).x0
+        h, _ = online(prior, None, likelihood, iterations=iterations, rates=(rate, 0.0), seed=seed, progress=tell)
+    image = rollout(prior, h, likelihood, _levels(prior), batch=1, generator=generator).x0
+    if progress is not None:
+        progress(total, total)
+    return image
 
 
 def online_evaluations(iterations: int) -> int:

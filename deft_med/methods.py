@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from deft_med import guidance, peers
 from deft_med.errors import UsageError
-from deft_med.finetune import online_evaluations
+from deft_med.finetune import ITERATIONS, online_evaluations
 from deft_med.pipeline import POINT_STEPS, STEPS
 
 GUIDED = {**guidance.METHODS, **peers.PEERS}
@@ -24,7 +24,7 @@ TRAINED = ("supervised", "conditional")
 POSTERIOR = tuple(CONSISTENCY)  # their samples start around a posterior mean that they share
 CLASSICAL = {"fbp": ("cutoff",), "tv": ("weight",), "zero-filled": (), "cg-sense": ("weight",), "wavelet": ("weight",),
              "interpolation": (), "projections": ()}  # fmt: skip
-ONLINE = {"iterations": 16.0, "rate": 0.1}  # of deft-online
+ONLINE = {"iterations": float(ITERATIONS), "rate": 0.1}  # of deft-online
 SLOW = 200  # evaluations of a sample
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from deft_med import metrics, trust
 from deft_med.bundle import Model
 from deft_med.errors import UsageError
+from deft_med.finetune import ITERATIONS, sample_online
 from deft_med.guidance import dds
 from deft_med.likelihood import Gaussian
 from deft_med.network import use_half
@@ -23,7 +24,9 @@ from deft_med.stopwatch import Clock, shares
 from deft_med.trust import DOUBTFUL
 from deft_med.volume import Scan, Volume
 
-METHODS = {"CT": ("deft", "fbp", "tv"), "MR": ("deft", "zero-filled", "cg-sense", "wavelet", "tv")}
+CLASSICAL = {"CT": ("fbp", "tv"), "MR": ("zero-filled", "cg-sense", "wavelet", "tv")}
+DRAWN = ("deft", "deft-online")  # on the model's prior
+METHODS = {modality: (*DRAWN, *names) for modality, names in CLASSICAL.items()}
 ESTIMATES = ("average", "point", "mean", "sample")
 UNITS = {"CT": "HU", "MR": "a.u."}
 STEPS, SAMPLES = 10, 8  # by `--sweep`: the average is within 0.06 dB of that of 100 steps, the samples' deviation within 6 %
@@ -88,8 +91,9 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
 
     Args:
         scan: measurements with geometry, grid and noise (estimated from the data where it is None).
-        model: prior and h-transform, from ``bundle.load_model``; only method 'deft' needs one.
-        method: 'deft'; for CT 'fbp' or 'tv'; for MR 'zero-filled', 'cg-sense', 'wavelet' or 'tv'.
+        model: prior and h-transform, from ``bundle.load_model``; for the methods 'deft' and 'deft-online'.
+        method: 'deft'; 'deft-online', one sample by an h that is trained on each slice's measurements alone (`finetune.online`: no pairs,
+            thirty times the work of a default run); for CT 'fbp' or 'tv'; for MR 'zero-filled', 'cg-sense', 'wavelet' or 'tv'.
         estimate: 'average' of ``samples`` posterior samples (8), with their spread; 'point', the average of ``samples`` images (2) whose
             noise is drawn anew at every level: the fast one, nearer to the posterior mean than samples are, without a spread; the
             posterior 'mean' in one evaluation; or one 'sample'.
@@ -99,15 +103,16 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
         progress: called as progress(done, total) after each evaluation.
 
     Slice k, sample j draw from (seed, k, j), and every item is computed by itself: a slice does not depend on its batch.
-    Raises UsageError for an unknown method, estimate or device and for method 'deft' without a model.
+    Raises UsageError for an unknown method, estimate or device, for 'deft' and 'deft-online' without a model, and for 'deft-online' on
+    measurements that are not Gaussian.
     """
     samples = (POINT if estimate == "point" else SAMPLES) if samples is None else samples
     steps = (POINT_STEPS if estimate == "point" else STEPS) if steps is None else steps
     _check(scan, method, estimate, model, steps, samples)
-    if unknown := set(beside or ()) - set(METHODS[scan.modality][1:]):
+    if unknown := set(beside or ()) - set(CLASSICAL[scan.modality]):
         raise UsageError(f"no classical method {', '.join(map(repr, sorted(unknown)))} for {scan.modality}: choose of "
-                         f"{', '.join(METHODS[scan.modality][1:])} to show beside the result")
-    estimate = "mean" if method == "deft" and steps == 1 else estimate
+                         f"{', '.join(CLASSICAL[scan.modality])} to show beside the result")
+    estimate = "sample" if method == "deft-online" else "mean" if method == "deft" and steps == 1 else estimate
     place, warnings = device_of(device), []
     clock, inner = Clock(place), Clock(place)
     count = samples if method == "deft" and estimate in ("average", "point") else 1
@@ -148,7 +153,7 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
                     results.setdefault("phase", []).append(problem.phase(drawn.mean(1))[0])
                 if count > 1 and estimate == "average":
                     results.setdefault("std", []).append(problem.picture(drawn[0]).std(0, ddof=1))
-                if method == "deft" and estimate != "mean":
+                if method in DRAWN and estimate != "mean":
                     each = [float(problem.likelihood.chi2(u)[0]) for u in drawn.unbind(1)]
                     chi2.setdefault("samples", []).append(sum(each) / len(each))
                 if scan.reference is not None and problem.image is not None:
@@ -161,9 +166,9 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
         with clock("quality"):
             measure = {"CT": metrics.ct_metrics, "MR": metrics.mr_metrics}[scan.modality]
             measured = {name: measure(v.data, scan.reference.data) for name, v in {method: volume, **volumes}.items()}
-    of = method if method != "deft" else "samples" if "samples" in chi2 else "mean"
+    of = method if method not in DRAWN else "samples" if "samples" in chi2 else "mean"
     misfits = chi2.get("samples", chi2["mean"])
-    known = None if model is None or of != "samples" else model.card.calibration.get(scan.protocol or "")
+    known = None if model is None or method != "deft" or of != "samples" else model.card.calibration.get(scan.protocol or "")
     found: dict = {"quality": trust.judge(misfits, of, known, math.sqrt(2 * slices / measurements), first=scan.first + 1)}
     if words := trust.verdict(found["quality"], scan.protocol):
         warnings.append(words)
@@ -173,13 +178,14 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
                         "assumed")
     compared = volumes or {method: volume}
     interval: Volume | None = None
-    if method == "deft" and model is not None:
+    if method in DRAWN and model is not None:
         first = next(iter(compared))
         found["prior"] = {"rms": trust.changed(volume, compared[first], scan.modality, scan.reference), "unit": volume.unit,
                           "region": trust.REGIONS[scan.modality], "against": first}
         if std is not None:
             interval, found["interval"] = trust.interval(volume, std, count, model.card, scan.protocol, scan.reference)
-    drawn_by = {"estimate": estimate, "steps": 1 if estimate == "mean" else steps, "samples": count} if method == "deft" else {}
+    drawn_by = {"deft": {"estimate": estimate, "steps": 1 if estimate == "mean" else steps, "samples": count},
+                "deft-online": {"estimate": estimate, "iterations": ITERATIONS, "samples": 1}}.get(method, {})
     provenance = {"method": method, **drawn_by, "seed": seed, "device": place.type, "protocol": scan.protocol, "noise": scan.noise_is}
     return Reconstruction(
         volume=volume, std=std, interval=interval, phase=phase, trust=found, beside=compared, reference=scan.reference, method=method,
@@ -193,9 +199,9 @@ def reconstruct(scan: Scan, model: Model | None = None, *, method: str = "deft",
 
 def _beside(problem: Problem, method: str, estimate: str, wanted: Sequence[str] | None) -> tuple[str, ...]:
     """The classical methods that a result is shown with, the one that speaks for all of them first."""
-    if method == "deft" and wanted is not None:
+    if method in DRAWN and wanted is not None:
         return tuple(dict.fromkeys([problem.baselines[0], *wanted]))
-    return problem.baselines if method == "deft" and estimate in ("average", "sample") else problem.baselines[:1]
+    return problem.baselines if method in DRAWN and estimate in ("average", "sample") else problem.baselines[:1]
 
 
 def posed(scan: Scan, index: int, model: Model | None, device: str | torch.device = "cpu") -> Problem:
@@ -214,10 +220,15 @@ def solve(problem: Problem, method: str, model: Model | None, *, steps: int, sam
           zeta: float | None = None, progress: Callable[[int, int], None] | None = None,
           watch: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser) -> tuple[Tensor, str]:
     """One slice by one method: posterior samples (1, K, C, ny, nx), K = 1 for all but DEFT's, and a warning or nothing."""
-    if method != "deft":
+    if method not in DRAWN:
         u, warning = problem.classical[method]()
         return u[:, None], warning
     assert model is not None
+    if method == "deft-online":
+        if not isinstance(problem.likelihood, Gaussian):
+            raise UsageError("deft-online was tried with linear forward models and Gaussian noise only: choose --method deft")
+        return sample_online(model.deft.prior, problem.likelihood, iterations=ITERATIONS, seed=seed + index, progress=progress,
+                             generator=slice_generator(seed, index, 0, purpose="sample"))[:, None], ""
     return draw_posterior(problem.likelihood, model, steps=steps, samples=samples, seed=seed, first=index, zeta=zeta, progress=progress,
                           watch=watch), ""
 
@@ -285,9 +296,9 @@ def _check(scan: Scan, method: str, estimate: str, model: Model | None, steps: i
     check_method(method, scan.modality)
     if estimate not in ESTIMATES:
         raise UsageError(f"unknown estimate {estimate!r}: choose one of {', '.join(ESTIMATES)}")
-    if method == "deft" and model is None:
-        raise UsageError("method deft wants a model: load one with deft_med.bundle.load_model, or choose a classical method")
-    if method == "deft" and model is not None and model.card.modality != scan.modality:
+    if method in DRAWN and model is None:
+        raise UsageError(f"method {method} wants a model: load one with deft_med.bundle.load_model, or choose a classical method")
+    if method in DRAWN and model is not None and model.card.modality != scan.modality:
         raise UsageError(f"the model is for {model.card.modality}, the scan is {scan.modality}: choose another model")
     if steps < 1 or samples < 1:
         raise UsageError(f"steps and samples are at least 1, got {steps} and {samples}")

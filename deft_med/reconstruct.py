@@ -34,8 +34,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--slices", metavar="A[:B]", help="only slice A, or slices A to B, counted from 1: the same pixels as among all")
     p.add_argument("--protocol", metavar="NAME|FILE", help="acquisition to simulate (default: ct_sparse60 or mri_cartesian_4x)")
     p.add_argument("--model", metavar="NAME|DIR", help="prior and h-transform (default: the shipped one, ct or mri)")
-    p.add_argument("--method", default="deft", choices=["deft", "fbp", "tv", "zero-filled", "cg-sense", "wavelet"],
-                   help="deft; fbp or tv for CT; zero-filled, cg-sense, wavelet or tv for MR (default: %(default)s)")
+    p.add_argument("--method", default="deft", choices=["deft", "deft-online", "fbp", "tv", "zero-filled", "cg-sense", "wavelet"],
+                   help="deft; deft-online, one sample by an h that is trained on this scan alone (slow); fbp or tv for CT; zero-filled, "
+                   "cg-sense, wavelet or tv for MR (default: %(default)s)")
     p.add_argument("--estimate", default="average", choices=["average", "point", "mean", "sample"],
                    help="average of --samples posterior samples; point: nearly the same image in half of the evaluations, without "
                    "its uncertainty; posterior mean in one evaluation; or one sample (default: %(default)s)")
@@ -152,7 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
         lacks = ("a place in the patient, which the input does not give" if source.modality == "MR" else
                  "a DICOM input, whose patient and study it copies")
         raise UsageError(f"DICOM output wants {lacks}: say --format nifti")
-    from deft_med.pipeline import METHODS, check_method, reconstruct
+    from deft_med.pipeline import CLASSICAL, DRAWN, check_method, reconstruct
 
     check_method(arguments.method, source.modality)
     if arguments.phase and source.modality != "MR":
@@ -179,7 +180,7 @@ def run(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     scan = with_known_noise(source.scan or simulate(source.volume, protocol, seed=arguments.seed))  # type: ignore[arg-type]
     model, flags = None, []
-    if arguments.method == "deft":
+    if arguments.method in DRAWN:
         model = bundle.load_model(arguments.model or DEFAULTS[source.modality][1])
         flags = bundle.check(model.card, scan, anatomy=source.anatomy)
         if flags and not arguments.out_of_scope_ok:
@@ -202,7 +203,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.cross_check:
         from deft_med.crosscheck import FEW, cross_check
 
-        methods = METHODS[source.modality] if arguments.method == "deft" else tuple(dict.fromkeys([*result.beside, arguments.method]))
+        beside = CLASSICAL[source.modality] if arguments.method == "deft" else result.beside
+        methods = tuple(dict.fromkeys([*beside, arguments.method]))
         say(f"cross-check: once more from 95 % of the measurements, by {', '.join(methods)}")
         checking = time.perf_counter()
         try:
@@ -244,7 +246,8 @@ def chosen(text: str, count: int) -> tuple[int, int]:
 def unused(arguments: argparse.Namespace, source: Any) -> list[str]:
     """Options that were given and change nothing."""
     deft, estimate = arguments.method == "deft", arguments.estimate
-    idle = {"protocol": source.scan is not None, "modality": source.kind != "nifti", "model": not deft, "beside": not deft,
+    drawn = deft or arguments.method == "deft-online"
+    idle = {"protocol": source.scan is not None, "modality": source.kind != "nifti", "model": not drawn, "beside": not drawn,
             "estimate": not deft, "steps": not deft or estimate == "mean", "samples": not deft or estimate in ("mean", "sample")}
     usual = parser().get_default
     return [f"--{name}" for name, so in idle.items() if so and getattr(arguments, name) != usual(name)]

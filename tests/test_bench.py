@@ -19,9 +19,10 @@ from deft_med.card import parse as card_of
 from deft_med.config import KSpaceProtocol, Noise, Protocol, load
 from deft_med.errors import UsageError
 from deft_med.htransform import Deft
+from deft_med.io.dicom_write import SERIES
 from deft_med.kinds import Training, bare
 from deft_med.methods import CLASSICAL, GUIDED, parse
-from deft_med.pipeline import METHODS
+from deft_med.pipeline import DRAWN, METHODS
 from deft_med.problem import pose
 from deft_med.simulate import simulate
 from deft_med.survey import brightest
@@ -119,7 +120,8 @@ def test_mr_methods_run_and_take_the_range_of_the_volume() -> None:
 
 
 def test_every_classical_method_has_a_name_here() -> None:
-    assert {m for of in METHODS.values() for m in of} - {"deft"} <= CLASSICAL.keys()
+    assert {m for of in METHODS.values() for m in of} - {*DRAWN} <= CLASSICAL.keys()
+    assert {m.upper().replace("-", "_") for of in METHODS.values() for m in of} <= SERIES.keys(), "each has a series of its own"
     assert {"interpolation", "projections", *pose(simulate(head(1), SMALL)).classical} <= CLASSICAL.keys()
 
 

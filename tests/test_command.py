@@ -81,7 +81,7 @@ def test_an_earlier_run_is_replaced_only_when_told(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(("arguments", "code", "word"), [
-    (["--example", "ct", "--method", "wavelet"], 2, "for CT: choose one of deft, fbp, tv"),
+    (["--example", "ct", "--method", "wavelet"], 2, "for CT: choose one of deft, deft-online, fbp, tv"),
     (["--example", "ct", "--threads", "0"], 2, "--threads is at least 1"),
     ([], 2, "give one INPUT"),
     (["--example", "ct", "also.dcm"], 2, "give one INPUT"),

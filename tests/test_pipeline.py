@@ -233,3 +233,18 @@ def test_a_slice_is_the_same_alone_as_among_others(model: Model) -> None:
     assert strict.trust["quality"]["above"] == [3] and "slice 3 (1 of 1)" in strict.warnings[-1]
     nowhere = dataclasses.replace(whole, affine=None)
     assert np.allclose(nowhere.part(1, 3).lps[:3, 3], nowhere.lps[:3, 3] + [0, 0, 1])
+
+
+def test_an_h_for_one_scan_makes_one_sample(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "ITERATIONS", 2)
+    scan, seen = simulate(head(1), PROTOCOL), []
+    result = reconstruct(scan, model, method="deft-online", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(68, 153), (136, 153), (153, 153)] and result.estimate == "sample" and result.samples == 1 and result.std is None
+    assert result.provenance["iterations"] == 2 and result.trust["quality"]["of"] == "samples" and list(result.beside) == ["fbp"]
+    assert np.isfinite(result.volume.data).all() and np.isfinite(result.chi2["samples"])
+    again = reconstruct(scan, model, method="deft-online")
+    np.testing.assert_array_equal(again.volume.data, result.volume.data)
+    with pytest.raises(UsageError, match="method deft-online wants a model"):
+        reconstruct(scan, method="deft-online")
+    with pytest.raises(UsageError, match="Gaussian noise only: choose --method deft"):
+        reconstruct(simulate(head(1), dataclasses.replace(PROTOCOL, noise=Noise(photons=1e4, counts=True))), model, method="deft-online")

@@ -33,7 +33,7 @@ SIMULATED = "simulated acquisition, not for clinical use"
 RESEARCH = "research use only, not for clinical use"
 SLOPE = {"STDDEV": 0.1}  # HU per stored step; 1 for the others
 SERIES = {"DEFT": 1, "FBP": 2, "TV": 3, "STDDEV": 4, "ZERO_FILLED": 5, "CG_SENSE": 6, "WAVELET": 7,
-          "INTERPOLATION": 8, "PROJECTIONS": 9}  # series number = 100 x source + this
+          "INTERPOLATION": 8, "PROJECTIONS": 9, "DEFT_ONLINE": 10}  # series number = 100 x source + this
 
 # Copied where present, not empty and readable: of the whole series from its first slice, of an image from its own source.
 OF_SERIES = """
