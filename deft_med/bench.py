@@ -87,8 +87,8 @@ class Bench:
         entry, likelihood = parse(method), problem.likelihood
         if entry.name in CLASSICAL and entry.name not in problem.classical:
             return f"{method}: skipped, the problem has only {', '.join(problem.classical)} of the classical methods"
-        if entry.name in GUIDED and GUIDED[entry.name].linear and not isinstance(likelihood, Gaussian):
-            return f"{method}: skipped, it asks for a linear forward model with Gaussian noise, not {type(likelihood).__name__}"
+        if entry.name in GUIDED and (why := guidance.unsuited(entry.name, GUIDED[entry.name], likelihood)):
+            return f"{method}: skipped, {why}"
         if entry.name == "deft-online" and not isinstance(likelihood, Gaussian):
             return f"{method}: skipped, it was tried with linear forward models and Gaussian noise only, not {type(likelihood).__name__}"
         if entry.name in TRAINED and not isinstance(likelihood, Gaussian | Transmission):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from .methods import CONSISTENCY, GUIDED, POSTERIOR, TRAINED, parse
+from .methods import GUIDED, POSTERIOR, TRAINED, parse
 
 FAMILIES = {"without a network": ("#5b6875", "s"), "networks trained on pairs": ("#d55e00", "^"), "guided prior": ("#e69f00", "D"),
             "guided prior, deepinv's code": ("#009e73", "v"), "DEFT": ("#0072b2", "o")}  # fmt: skip
@@ -31,11 +31,11 @@ _INK, _GREY, _GRID, _BLUE, _ORANGE = "#16202a", "#5b6875", "#e4e9ee", "#0072b2",
 def family(method: str) -> str:
     """To which of `FAMILIES` a method belongs."""
     name = parse(method).name
-    if name in CONSISTENCY or name == "deft-online":
-        return "DEFT"
+    if name in TRAINED:
+        return "networks trained on pairs"
     if name in GUIDED:
         return "guided prior, deepinv's code" if name.startswith("deepinv") else "guided prior"
-    return "networks trained on pairs" if name in TRAINED else "without a network"
+    return "DEFT" if name in POSTERIOR or name == "deft-online" else "without a network"
 
 
 def labels(rows: Sequence[Mapping]) -> dict[str, str]:

@@ -251,14 +251,15 @@ class Method:
     steps: int = 100
     through_prior: bool = False
     linear: bool = False  # asks for a linear forward model
+    solves: bool = False  # solves with the likelihood's curvature: of a linear model, or as Gauss and Newton do of counts and magnitudes
     levels: Callable[..., Tensor] = sigmas
     knows_levels: bool = False
 
 
 METHODS: dict[str, Method] = {
     "dps": Method(dps, {"zeta": 0.5}, ddim, {"eta": 1.0}, 1000, through_prior=True, levels=vp_sigmas, knows_levels=True),
-    "pigdm": Method(pigdm, {"sd": 0.5, "iterations": 20}, ddim, {"eta": 1.0}, through_prior=True, linear=True),
-    "dds": Method(dds, {"sd": 0.5, "iterations": 5}, ddim, {"eta": 0.85}, 50, linear=True),
+    "pigdm": Method(pigdm, {"sd": 0.5, "iterations": 20}, ddim, {"eta": 1.0}, through_prior=True, solves=True),
+    "dds": Method(dds, {"sd": 0.5, "iterations": 5}, ddim, {"eta": 0.85}, 50, solves=True),
     "ddnm": Method(ddnm, {"iterations": 5}, ddim, {"eta": 0.85}, linear=True),
     "diffpir": Method(diffpir, {"weight": 1.0, "iterations": 5}, renoise, {"zeta": 0.3}),
     "red-diff": Method(red_diff, {"weight": 64.0, "rate": 0.03}, steps=1000),
@@ -266,19 +267,28 @@ METHODS: dict[str, Method] = {
 }
 
 
+def unsuited(name: str, method: Method, likelihood: Data) -> str:
+    """Why a method cannot take a likelihood, or nothing."""
+    if method.linear and not isinstance(likelihood, Gaussian):
+        return f"{name} asks for a linear forward model with Gaussian noise, got {type(likelihood).__name__}"
+    if method.solves and not hasattr(likelihood, "curvature"):
+        return f"{name} solves with the likelihood's curvature, which {type(likelihood).__name__} does not know: choose dps or diffpir"
+    return ""
+
+
 def sample_with(name: str, denoiser: Denoiser, likelihood: Data, *, generators: Sequence[Generator], steps: int | None = None,
                 sigma_max: float = SIGMA_MAX, sigma_min: float = SIGMA_MIN, callback: Callback | None = None, **settings: float) -> Tensor:
     """Images (K, C, ny, nx) by one of `METHODS`, one per generator, in ``steps`` evaluations each from pure noise at sigma_max.
 
     ``likelihood`` has one item, and images are made one after the other, or K items. ``settings`` replace the method's own, those of its
-    sampler included. Where no measurement can see the image it is zero. Raises ValueError for an unknown method or setting, and for one
-    that asks for a linear forward model.
+    sampler included. Where no measurement can see the image it is zero. Raises ValueError for an unknown method or setting, and for a
+    likelihood that does not suit it.
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
     method = METHODS[name]
-    if method.linear and not isinstance(likelihood, Gaussian):
-        raise ValueError(f"{name} asks for a linear forward model with Gaussian noise, got {type(likelihood).__name__}")
+    if why := unsuited(name, method, likelihood):
+        raise ValueError(why)
     if unknown := settings.keys() - method.settings.keys() - method.walk.keys():
         raise ValueError(f"{name} has no setting {', '.join(sorted(unknown))}: choose from {', '.join([*method.settings, *method.walk])}")
     if len(likelihood.y) == 1 < len(generators):

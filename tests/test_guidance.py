@@ -250,7 +250,7 @@ def test_every_method_runs_on_complex_measurements(name: str) -> None:
     assert torch.equal(again[0], images[1])  # an image does not depend on the others
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.linear])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not (method.linear or method.solves)])
 def test_methods_by_gradient_take_any_likelihood(lab: Laboratory, name: str) -> None:
     x0 = lab.draw(1, generator(5))
     likelihood = Saturated(lab, x0, 0.03)
@@ -290,7 +290,7 @@ def test_what_cannot_be_run(lab: Laboratory) -> None:
         sample_with("mcg", lab.prior, likelihood, generators=[generator()])
     with pytest.raises(ValueError, match="dds has no setting zeta: choose from sd, iterations, eta"):
         sample_with("dds", lab.prior, likelihood, generators=[generator()], zeta=1.0)
-    with pytest.raises(ValueError, match="pigdm asks for a linear forward model with Gaussian noise, got Words"):
+    with pytest.raises(ValueError, match="pigdm solves with the likelihood.s curvature, which Words does not know"):
         sample_with("pigdm", lab.prior, Words(likelihood), generators=[generator()])
 
 

@@ -22,8 +22,9 @@ from operators.geometry import Cartesian
 from operators.mri import Complex, encoding
 from operators.noise import transmission
 
-BY_GRADIENT = [name for name, method in METHODS.items() if not method.linear]
-STEPS = {"dps": 150, "diffpir": 15, "reconstruction": 60, "red-diff": 100}
+BY_GRADIENT = [name for name, method in METHODS.items() if not (method.linear or method.solves)]
+BY_SOLVES = [name for name, method in METHODS.items() if method.solves]
+STEPS = {"dps": 150, "diffpir": 15, "reconstruction": 60, "red-diff": 100, "dds": 30, "pigdm": 60}
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -249,8 +250,8 @@ def test_step_sizes_see_the_curvature_of_the_gaussian_beside(lab: Laboratory) ->
     assert float(sharpness(magnitudes)) == pytest.approx((2.0 / 0.02) ** 2, rel=1e-4)  # |A| = 1, a = 2
 
 
-@pytest.mark.parametrize("name", BY_GRADIENT)
-def test_methods_by_gradient_reconstruct_counts(lab: Laboratory, name: str) -> None:
+@pytest.mark.parametrize("name", BY_GRADIENT + BY_SOLVES)
+def test_methods_reconstruct_counts(lab: Laboratory, name: str) -> None:
     """From the prior's mean the misfit falls at least tenfold, and the error falls too."""
     x0 = lab.draw(1, generator(5))
     likelihood, blank = counted(lab, x0, 1e3, 10.0, 700.0), torch.full_like(x0, lab.mean)
@@ -339,8 +340,8 @@ def test_a_start_without_phases_finds_the_image() -> None:
     assert float((a * phase / phase.abs() - b).abs().square().mean().sqrt()) < 0.1 * float(b.abs().square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", BY_GRADIENT)
-def test_methods_by_gradient_find_phases(name: str) -> None:
+@pytest.mark.parametrize("name", BY_GRADIENT + BY_SOLVES)
+def test_methods_find_phases(name: str) -> None:
     """From an empty image the misfit falls at least fivefold."""
     likelihood, _ = coded()
     prior = lambda x, sigma: x * (0.09 / (0.09 + sigma.square()))[:, None, None, None]
@@ -383,6 +384,8 @@ def test_any_differentiable_model_has_the_same_words(lab: Laboratory) -> None:
 def test_methods_by_gradient_take_any_model(lab: Laboratory, name: str) -> None:
     x0 = lab.draw(1, generator(5))
     likelihood = detector(lab, x0, inverse=False)
+    with pytest.raises(ValueError, match="dds solves with the likelihood's curvature, which Nonlinear does not know: choose dps"):
+        sample_with("dds", lab.prior, likelihood, generators=[generator(1)])
     found = sample_with(name, lab.prior, likelihood, generators=[generator(1)], steps=STEPS[name])
     assert float(likelihood.misfit(found)) < 0.5 * float(likelihood.misfit(torch.full_like(x0, lab.mean)))
 
