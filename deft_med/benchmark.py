@@ -189,6 +189,9 @@ def report(survey: Any, methods: list[str], slow: list[str], pairs: dict[int, tu
     if fast:
         told["rows"] = scores.summary(records, fast, reference)
         text += [scores.table(told["rows"], protocol.modality, reference)]
+    if alike := scores.consistency(records, fast):
+        told["consistency"] = alike
+        text += ["Whether the estimates of one method agree:", "", scores.consistency_table(alike)]
     if any(r["method"] in slow for r in records):
         told["few"] = scores.summary(few, methods, reference)
         text += [f"Slow methods (over 200 evaluations a sample, or backpropagation through the prior), and the others on the same "

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from deft_med.methods import parse
+from deft_med.methods import POSTERIOR, parse
 
 WORDS = {"CT": "PSNR and SSIM: range 2000 HU, both sides clipped to [-1000, 1000] HU, full frame, and inside the reference's body mask",
          "MR": "PSNR and SSIM of magnitudes: range the maximum of the reference volume, full frame, and inside the reference's head mask"}
@@ -136,6 +136,38 @@ def sweep(records: Sequence[Mapping], pairs: Mapping[int, tuple[str, str]]) -> l
                      "coverage": many["coverage"]["mean"] if many["coverage"] else None,
                      "subjects": many["subjects"], "slices": many["slices"]})
     return [r | {"std_ratio": r["std"] / rows[-1]["std"]} for r in rows]
+
+
+def consistency(records: Sequence[Mapping], methods: Sequence[str]) -> list[dict]:
+    """Whether the estimates of a sampler agree: what its average gains over one sample and its mean over the average, in dB of PSNR,
+    beside what posterior samples and the posterior mean would.
+
+    With the posterior's variance m, a sample has the squared error 2 m, an average of K (1 + 1 / K) m, the posterior mean m: an average
+    that gains less has samples that are too alike, a mean below the average is none.
+    """
+    parsed = {m: parse(m) for m in methods}
+    rows = []
+    for method, entry in parsed.items():
+        if entry.name not in POSTERIOR or (entry.count or 0) < 2:
+            continue
+        k = entry.count or 0
+        kin = {other.count: m for m, other in parsed.items()
+               if (other.name, other.folder) == (entry.name, entry.folder) and (other.count == 0 or other.settings == entry.settings)}
+        found = {"method": method, "samples": k, "expected": 10 * math.log10(2 * k / (k + 1)), "mean_expected": 10 * math.log10(1 + 1 / k),
+                 "gain": paired(records, method, kin.get(1, ""), "psnr"), "mean": paired(records, kin.get(0, ""), method, "psnr")}
+        if found["gain"] or found["mean"]:
+            rows.append(found)
+    return rows
+
+
+def consistency_table(rows: Sequence[Mapping]) -> str:
+    """Markdown of `consistency`."""
+    lines = ["| method | average over one sample (dB) | of posterior samples | mean in one evaluation over average (dB) | "
+             "of the posterior mean |", "|---" * 5 + "|"]
+    for r in rows:
+        lines.append(f"| {r['method']} | {_interval(r['gain'], 2)} | {r['expected']:+.2f} | {_interval(r['mean'], 2)} | "
+                     f"{r['mean_expected']:+.2f} |")
+    return "\n".join(lines) + "\n"
 
 
 def _marked(r: Mapping) -> str:

@@ -313,3 +313,17 @@ def test_lesions_are_put_in_for_all_methods_alike(scans: Path, capsys: pytest.Ca
 def test_what_the_command_refuses(scans: Path, more: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
     assert benchmark.main(call(scans, "--methods", "fbp", "--slices", "1", "--subjects", "1", *more)) == 2
     assert words in capsys.readouterr().err
+
+
+def test_estimates_of_a_perfect_posterior_agree() -> None:
+    """Squared errors 2, 9/8 and 1: the gains are those that are expected, whatever the subjects' own level."""
+    methods = {"deft:sample": 2.0, "deft:8": 1.125, "deft:mean": 1.0, "tv:3": 1.0, "deft:8:steps=20": 1.125}
+    records = [{"method": m, "subject": str(s), "slice": 0, "psnr": 30 + s - 10 * np.log10(e)}
+               for m, e in methods.items() for s in range(3)]
+    first, other = scores.consistency(records, list(methods))
+    assert first["method"] == "deft:8" and first["gain"]["difference"] == pytest.approx(first["expected"])
+    assert first["expected"] == pytest.approx(2.499, abs=1e-3)
+    assert first["mean"]["difference"] == pytest.approx(first["mean_expected"])
+    assert other["method"] == "deft:8:steps=20" and other["gain"] is None and other["mean"]["difference"] == pytest.approx(0.5115, abs=1e-3)
+    text = scores.consistency_table([first, other])
+    assert "| deft:8 | +2.50 [+2.50, +2.50] | +2.50 | +0.51 [+0.51, +0.51] | +0.51 |" in text and "| deft:8:steps=20 | - |" in text

@@ -137,3 +137,27 @@ def test_its_samplers_reconstruct_our_scan(lab: Laboratory, scan: tuple[Tensor, 
                     for _ in range(2))
     assert torch.equal(first, again) and torch.equal(torch.get_rng_state(), state) and first.shape == x0.shape
     assert float((first - x0).square().mean().sqrt()) < share * lab.sd
+
+
+@installed
+@foreign
+@pytest.mark.parametrize("name", ["DiffPIR", "DPS", "DDRM"])
+def test_its_samplers_take_our_prior_to_its_own_physics(lab: Laboratory, name: str) -> None:
+    """Its Tomography and its own simulated data; DDRM, which wants a singular value decomposition, on its inpainting."""
+    library = peers._deepinv()
+    torch.manual_seed(0)
+    noise = library.physics.GaussianNoise(0.01)
+    v = ((lab.draw(1, Generator().manual_seed(3)) + 1) / 4).float()
+    if name == "DDRM":
+        physics = library.physics.Inpainting((1, lab.n, lab.n), mask=0.5, noise_model=noise)
+    else:
+        physics = library.physics.Tomography(angles=30, img_width=lab.n, normalize=True, noise_model=noise)
+    y, inner = physics(v), InUnitRange(prior(lab), -1.0)
+    made = {"DiffPIR": lambda: library.sampling.DiffPIR(inner, library.optim.data_fidelity.L2(), sigma=0.01, max_iter=50, zeta=0.5,
+                                                        lambda_=2.0)(y, physics, x_init=torch.zeros_like(v)),
+            "DPS": lambda: library.sampling.DPS(inner, num_steps=101, weight=1000.0)(y, physics, x_init=tuple(v.shape)),
+            "DDRM": lambda: library.sampling.DDRM(inner, sigmas=torch.logspace(0.5, -2, 50).tolist())(y, physics)}[name]()
+    blank = torch.full_like(v, (lab.mean + 1) / 4)
+    ratio = float((made - v).square().mean() / (blank - v).square().mean()) ** 0.5
+    print(f"{name}: error {ratio:.2f} of the prior's deviation")
+    assert ratio < 0.75
