@@ -117,7 +117,7 @@ def test_tv_and_cross_checks_take_what_was_not_measured() -> None:
         hold_out(study("ct_superresolution"))
 
 
-@pytest.mark.parametrize("name", ["ct_metal_trace", "ct_counts", "ct_superresolution"])
+@pytest.mark.parametrize("name", ["ct_metal_trace", "ct_counts", "ct_superresolution", "ct_missing_wedge", "ct_limited_angle"])
 def test_deft_runs_on_them(name: str, model) -> None:  # noqa: F811
     scan = study(name, slices=2)
     result = reconstruct(scan, model, steps=3, samples=2)
