@@ -148,7 +148,7 @@ def consistency(records: Sequence[Mapping], methods: Sequence[str]) -> list[dict
     parsed = {m: parse(m) for m in methods}
     rows = []
     for method, entry in parsed.items():
-        if entry.name not in POSTERIOR or (entry.count or 0) < 2:
+        if entry.name not in POSTERIOR or (entry.count or 0) < 2 or "zeta" in entry.settings:  # those are no posterior samples
             continue
         k = entry.count or 0
         kin = {other.count: m for m, other in parsed.items()
