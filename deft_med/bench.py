@@ -28,8 +28,9 @@ from deft_med.problem import FILTER, Problem, pose
 from deft_med.schedule import Denoiser, in_turns
 from deft_med.simulate import slice_generator
 from deft_med.volume import Scan
-from operators.analytic import FilteredBackprojection, approximate_inverse
+from operators.analytic import FilteredBackprojection
 from operators.ct import RayTransform
+from operators.sense import approximate_inverse
 
 
 class Draws(NamedTuple):

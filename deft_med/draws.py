@@ -12,11 +12,12 @@ from deft_med.intensity import Affine, Window, low_resolution, scale_of
 from deft_med.likelihood import Gaussian
 from deft_med.simulate import coil_maps, measured_by, smooth, smooth_phase, unresolved, with_noise
 from operators import patterns
-from operators.analytic import FilteredBackprojection, approximate_inverse
+from operators.analytic import FilteredBackprojection
 from operators.ct import RayTransform
 from operators.geometry import Cartesian, Grid, ParallelBeam, Trajectory, uniform_angles
 from operators.mri import Complex, Fourier, encoding
 from operators.noise import gaussian
+from operators.sense import approximate_inverse
 
 WHOLE = 256  # matrix of a whole image; training may also see it at half that
 

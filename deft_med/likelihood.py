@@ -8,8 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from deft_med.intensity import Affine
-from operators.linear import LinearOperator
+from operators.linear import Composition, LinearOperator
 from operators.noise import gaussian
+from operators.sense import SenseInverse
 
 FAINTEST = 1e-6  # s_img at the least: networks are told its logarithm
 
@@ -127,7 +128,26 @@ class Gaussian(Likelihood):
 
     def residual(self, u: Tensor) -> Tensor:
         """g = B(y - A u), in the units of u: what the data would still change in the image; B sees 0 where nothing was measured."""
-        return self.inverse(self.known(self.y - self.forward(u))) / self.forward.a
+        if self._round_trip is None:
+            return self.inverse(self.known(self.y - self.forward(u))) / self.forward.a
+        return self._found - self._round_trip(self.forward.a * u) / self.forward.a
+
+    @cached_property
+    def _round_trip(self) -> LinearOperator | None:
+        """B A where B, of coils on the grid, knows a shorter way than through k-space."""
+        b, a = self.inverse, self.forward.operator
+        if isinstance(b, Composition) and isinstance(a, Composition) and isinstance(b.right, SenseInverse) and b.right.operator is a.left:
+            return b.left @ (b.right.round_trip @ a.right)
+        return None
+
+    @cached_property
+    def _found(self) -> Tensor:
+        """The residual of an image of zeros."""
+        return self.inverse(self.known(self.y - self.forward(self._blank))) / self.forward.a
+
+    @property
+    def _blank(self) -> Tensor:
+        return torch.zeros((len(self.y), *self.shape), dtype=self.sigma.dtype, device=self.y.device)
 
     def score(self, u: Tensor) -> Tensor:
         """grad_u ln p(y | u) = A^H W (y - A u), W = 1 / sigma^2: of coils as A^H W y - A^H W A u, whose gram is quicker than A and A^H."""
@@ -137,9 +157,8 @@ class Gaussian(Likelihood):
 
     @cached_property
     def _pulled(self) -> Tensor:
-        """The score at u = 0."""
-        blank = torch.zeros((len(self.y), *self.shape), dtype=self.sigma.dtype, device=self.y.device)
-        return self.forward.adjoint((self.y - self.forward(blank)) / self.sigma**2)
+        """The score of an image of zeros."""
+        return self.forward.adjoint((self.y - self.forward(self._blank)) / self.sigma**2)
 
     def curvature(self, u: Tensor) -> Tensor:
         """A^H W A u, the Hessian of misfit / 2, W = 1 / sigma^2: by what A knows of its gram where sigma is one for all of an item."""

@@ -25,11 +25,12 @@ from deft_med.nonlinear import Magnitudes, Transmission
 from deft_med.simulate import unresolved
 from deft_med.volume import Scan, central
 from operators import coils, whiten
-from operators.analytic import FilteredBackprojection, WeightedAdjoint, approximate_inverse
+from operators.analytic import FilteredBackprojection
 from operators.ct import MU_WATER, encode
 from operators.geometry import Cartesian, ThickSlices, Trajectory
 from operators.mri import Complex, Fourier, NonCartesianMRI, encoding
 from operators.noise import estimate, gaussian
+from operators.sense import WeightedAdjoint, approximate_inverse
 from operators.slices import SliceInterpolation, SliceMean
 from operators.solve import cg_sense
 from operators.variational import Record, tv, wavelet
@@ -70,7 +71,7 @@ def pose(scan: Scan, index: int = 0, *, window: Window | None = None, filter: st
     """The problem of slice ``index`` of a scan whose noise is known (`with_known_noise`).
 
     ``window`` and ``filter`` belong to CT: u = (HU - offset) / scale, and the backprojection's filter in the residual; ``inverse`` to MR:
-    what its residual goes through (`operators.analytic.approximate_inverse`).
+    what its residual goes through (`operators.sense.approximate_inverse`).
     """
     assert scan.noise is not None
     y = torch.from_numpy(scan.y[index:index + 1])

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from operators import odl_bridge, patterns
-from operators.analytic import WeightedAdjoint, fbp, root_sum_of_squares
+from operators.analytic import fbp
 from operators.ct import RayTransform
 from operators.geometry import Beam, Cartesian, FanBeam, Grid, ParallelBeam, uniform_angles
 from operators.linear import LinearOperator
 from operators.mri import CartesianMRI, Coils, Complex, Fourier, Mask, NonCartesianMRI
+from operators.sense import WeightedAdjoint, root_sum_of_squares
 
 Row = tuple[str, float, str, float]  # what, measured, "<=" or ">=", limit
 

@@ -79,6 +79,16 @@ def test_the_score_is_the_gradient_of_the_likelihood() -> None:
     torch.testing.assert_close(gradient, likelihood.score(guess.detach()), rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
 
 
+def test_the_residual_by_its_short_way_is_that_through_k_space() -> None:
+    u, seen = complex_images(disks(), seeded()), set()
+    for seed in range(8):
+        likelihood = KSpace(64, FEW).draw(u, torch.ones(2), seeded(seed))
+        far = likelihood.inverse(likelihood.known(likelihood.y - likelihood.forward(0.9 * u))) / likelihood.forward.a
+        torch.testing.assert_close(likelihood.residual(0.9 * u), far, rtol=1e-3, atol=1e-4 * float(far.abs().max()))
+        seen.add(likelihood._round_trip is None)
+    assert False in seen
+
+
 def test_patterns_are_repeatable_and_spread_over_the_range() -> None:
     ranges = KSpaceRanges(patterns=12)
     physics, again = KSpace(96, ranges), KSpace(96, ranges)

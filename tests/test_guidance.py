@@ -11,8 +11,8 @@ from deft_med.schedule import edm_to_vp, in_turns, sigmas
 from deft_med.simulate import coil_maps
 from deft_med.testing import Laboratory
 from operators import patterns
-from operators.analytic import WeightedAdjoint
 from operators.mri import Complex, encoding
+from operators.sense import WeightedAdjoint
 
 LEVELS = [0.05, 0.5, 5.0, 80.0]
 

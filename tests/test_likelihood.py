@@ -17,10 +17,10 @@ from deft_med.prior import Prior
 from deft_med.simulate import phase_codes
 from deft_med.testing import Laboratory
 from operators import counts
-from operators.analytic import WeightedAdjoint
 from operators.geometry import Cartesian
 from operators.mri import Complex, encoding
 from operators.noise import transmission
+from operators.sense import WeightedAdjoint
 
 BY_GRADIENT = [name for name, method in METHODS.items() if not (method.linear or method.solves)]
 BY_SOLVES = [name for name, method in METHODS.items() if method.solves]

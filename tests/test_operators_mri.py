@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from operators import _nufft, patterns
-from operators.analytic import SenseInverse, WeightedAdjoint, density, root_sum_of_squares
 from operators.geometry import Cartesian, Trajectory
 from operators.mri import CartesianMRI, Coils, Complex, Fourier, Mask, NonCartesianMRI
+from operators.sense import SenseInverse, WeightedAdjoint, density, root_sum_of_squares
 from operators.solve import cg, cg_sense
 from operators.testing import check_operator
 
@@ -285,6 +285,8 @@ def test_the_sense_inverse_is_regularised_sense_and_linear(pattern):
     expected = (1 + weight) * cg_sense(operator, y, weight * largest, iterations=200, tolerance=1e-8)
     assert relative(inverse(y), expected) < 0.02
     torch.testing.assert_close(inverse(2j * y), 2j * inverse(y))
+    x = torch.randn(3, *shape, dtype=C64)
+    torch.testing.assert_close(inverse.round_trip(x), inverse(operator(x)), rtol=1e-4, atol=1e-4)
     alone = CartesianMRI(pattern(shape))
     y = torch.randn(alone.range_shape, dtype=C64) * alone.mask
     torch.testing.assert_close(SenseInverse(alone)(y), alone.H(y), rtol=1e-4, atol=1e-5)

@@ -100,11 +100,13 @@ OPERATORS: dict[str, set[str]] = {
     "_nufft": {"geometry"},
     "mri": {"linear", "geometry", "_nufft"},
     "coils": set(),
-    "analytic": {"_sparse", "linear", "geometry", "ct", "mri", "solve"},
+    "analytic": {"_sparse", "linear", "geometry", "ct"},
+    "sense": {"linear", "geometry", "mri"},
     "solve": {"linear"},
     "variational": {"linear", "solve"},
     "testing": {"linear", "geometry", "solve"},
-    "bench": {"linear", "geometry", "ct", "mri", "patterns", "_rays", "_astra", "odl_bridge", "analytic", "solve", "noise", "testing"},
+    "bench": {"linear", "geometry", "ct", "mri", "patterns", "_rays", "_astra", "odl_bridge", "analytic", "sense", "solve", "noise",
+              "testing"},
 }
 
 # ---------------------------------------------------------------------------------------------------------------------- doors
