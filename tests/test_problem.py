@@ -95,7 +95,7 @@ def test_reconstruct_serves_both_modalities_with_the_same_words() -> None:
     assert result.volume.unit == "a.u."
     assert {"zero-filled", "mean", "expected", "deviation", "measurements"} == set(result.chi2)
     assert result.metrics["cg-sense"]["mean"]["psnr"] > result.metrics["zero-filled"]["mean"]["psnr"]
-    with pytest.raises(UsageError, match="unknown method 'fbp' for MR: choose one of deft, zero-filled"):
+    with pytest.raises(UsageError, match="unknown method 'fbp' for MR: choose one of deft, deft-online, zero-filled"):
         reconstruct(study(), method="fbp")
 
 
