@@ -23,7 +23,7 @@ from .metrics import body_mask, head_mask
 
 NOTICE = "Research use only. Not a medical device."
 METHODS = {"fbp": "FBP", "zero-filled": "Zero-filled", "cg-sense": "CG-SENSE", "wavelet": "L1-wavelet", "tv": "TV", "supervised": "U-Net",
-           "deft": "DEFT", "deft-online": "DEFT online"}  # fmt: skip
+           "deft": "DEFT", "deft-online": "Online h"}  # fmt: skip
 """Method -> the name that a reader knows, in the order of tables."""
 CLASSICAL = ("fbp", "zero-filled", "cg-sense", "wavelet", "tv")
 
