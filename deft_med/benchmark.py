@@ -213,7 +213,7 @@ def report(survey: Any, methods: list[str], slow: list[str], pairs: dict[int, tu
     (out / "table.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
     shown = scores.summary(records, methods, reference)
     title = f"{protocol.name}, split {split}; " + scores.WORDS[protocol.modality].partition(", full frame")[0].replace(" and SSIM", "")
-    chart.quality(out / "quality.png", shown, reference, title)
+    chart.quality(out / "quality.png", shown, reference, title, "cpu_seconds" if told["device"] == "cpu" else "seconds")
     if any(r.get("ranks") for r in shown):
         chart.ranks(out / "ranks.png", shown)
     if told.get("sweep"):

@@ -2,7 +2,8 @@
 
 Every chosen slice is measured under each protocol and sampled; FILE keeps what came out slice by slice, so that a run that was ended
 goes on where it was, and grows when it is run again with more protocols. Tune subjects calibrate; val subjects are for tables: "after" is
-the coverage of every subject by the factor of the others, "by the card" that by the factor which the model had before.
+the coverage of every subject by the factor of the others, "by the card" that by the factor which the model had before. The factor
+multiplies the half-width t sqrt(1 + 1/K) std of an interval.
 """
 
 import argparse

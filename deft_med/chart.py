@@ -53,18 +53,19 @@ def labels(rows: Sequence[Mapping]) -> dict[str, str]:
     return {method: words if said.count(words) == 1 else method for method, words in short.items()}
 
 
-def quality(path: str | Path, rows: Sequence[Mapping], reference: str, title: str = "") -> None:
+def quality(path: str | Path, rows: Sequence[Mapping], reference: str, title: str = "", clock: str = "seconds") -> None:
     """Draw PSNR against seconds, and the paired differences with their 95 % confidence intervals, to a PNG.
 
     ``rows`` are those of ``scores.summary``. Both sides show differences from ``reference`` on the slices that both have, so that methods
-    with fewer slices (hollow markers) are compared with it on those.
+    with fewer slices (hollow markers) are compared with it on those. ``clock``: "seconds" of the wall, or "cpu_seconds", which do not
+    depend on what else the machine does.
     """
     shown = [r for r in rows if r["paired"]["psnr"] is not None]
     names, most = labels(shown), max((r["slices"] for r in shown), default=0)
     fig = Figure(figsize=(12.5, max(4.6, 1.6 + 0.34 * len(shown))), facecolor="white", layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(1.15, 1))
     differences = {r["method"]: r["paired"]["psnr"]["difference"] for r in shown}
-    points = [(r["seconds"]["mean"], differences[r["method"]]) for r in shown]
+    points = [(r[clock]["mean"], differences[r["method"]]) for r in shown]
     used = {family(r["method"]): None for r in shown}
     for r, (x, y) in zip(shown, points, strict=True):
         colour, marker = FAMILIES[family(r["method"])]
@@ -76,7 +77,8 @@ def quality(path: str | Path, rows: Sequence[Mapping], reference: str, title: st
     if any(r["slices"] < most for r in shown):
         left.plot([], [], "o", color=_GREY, markersize=7, markerfacecolor="white", label="hollow: fewer slices")
     left.set_xscale("log")
-    left.set(xlabel="wall seconds per slice", ylabel=f"PSNR minus that of {names.get(reference, reference)} (dB)")
+    left.set(xlabel={"seconds": "wall seconds per slice", "cpu_seconds": "CPU-seconds per slice"}[clock],
+             ylabel=f"PSNR minus that of {names.get(reference, reference)} (dB)")
     left.margins(0.14, 0.1)
     left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     left.axhline(0, color=_GREY, linewidth=0.8, zorder=1)
