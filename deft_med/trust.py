@@ -16,6 +16,7 @@ DOUBTFUL = 2.0  # chi2 that samples of no sound slice reach
 SMOOTHED = 3.0  # the same of means and regularised images: where a slice shows nothing but noise, theirs reaches 2.6
 DIRECT = ("fbp", "zero-filled")  # one formula and no fit: they need not meet the measurements
 GROSS = 5.0  # deviations of noise above the card's limit: one slice is enough to fail
+PEOPLE = 3  # tune subjects at least behind a limit of chi2: one says nothing of others
 SELDOM = 0.01  # the share of slices that may lie above a 99th percentile, and how often a sound run may fail the check
 
 
@@ -51,7 +52,7 @@ def judge(chi2: Sequence[float], of: str, found: Calibration | None = None, devi
 
     Consistency steps may hold that below 1: the limit is never lower than what a true posterior sample stays below in 99 of 100
     slices, 1 + 2.33 ``deviation`` with deviation sqrt(2 / M) of a slice's M measurements. Where no card knows (``found`` is None:
-    measured data, another protocol) the limit is DOUBTFUL, of what is no sample SMOOTHED.
+    measured data, another protocol; or of fewer than PEOPLE subjects) the limit is DOUBTFUL, of what is no sample SMOOTHED.
 
     ``of``: "samples", "mean", or the name of a classical method; `DIRECT` ones, which need not meet the data, cannot fail.
     Slices count from ``first``. Returns {"chi2", "of", "first", "limit", "because": where the limit is from, "above": the slices above it,
@@ -60,7 +61,7 @@ def judge(chi2: Sequence[float], of: str, found: Calibration | None = None, devi
     """
     limit = gross = DOUBTFUL if of == "samples" else SMOOTHED
     because = "which no sound image reaches" + (": the model's card knows nothing nearer" if of == "samples" else "")
-    if found is not None:
+    if found is not None and found.subjects >= PEOPLE:
         limit = max(found.chi2_99, 1 + ndtri(1 - SELDOM) * deviation)
         gross = limit + GROSS * deviation
         which = "the 99th percentile" if found.slices >= 1 / SELDOM else "the highest"

@@ -199,6 +199,8 @@ def test_a_check_fails_more_often_than_chance_or_at_one_gross_slice() -> None:
     assert check([1.11, 1.12] + [1.0] * 10) == "failed" and check([2.5] + [1.0] * 99) == "failed"
     assert check([1.24] + [1.0] * 11) == "passed" and check([1.26] + [1.0] * 11) == "failed", "five deviations are no chance"
     assert [judge([value], "samples", card.calibration["p"], 0.1)["check"] for value in (1.15, 1.24)] == ["passed", "failed"]
+    alone = parse({**CARD, **blank, "calibration": {"p": {**ONE, "subjects": 2}}}).calibration["p"]
+    assert [judge([value], "samples", alone)["check"] for value in (1.9, 2.1)] == ["passed", "failed"], "two people are no limit for others"
     assert [check([value], "other") for value in (1.9, 2.1)] == ["passed", "failed"], "where no card knows the limit is two"
     assert [judge([value], "tv")["check"] for value in (2.9, 3.1)] == ["passed", "failed"], "three of what is no sample"
     assert [judge([9.0], of)["check"] for of in ("fbp", "zero-filled", "tv", "mean")] == ["not checked"] * 2 + ["failed"] * 2
