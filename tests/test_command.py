@@ -229,7 +229,7 @@ def test_what_contradicts_the_data_is_written_marked_and_ends_with_9(chest: Path
     assert done.startswith("done in") and "expected 1 +- 0.0" in done and "(samples)" in done and "(FBP)" in done
     assert error.startswith("deft_med: error: quality check failed: chi2 of the samples is up to") and "--quality-ok" in error
     record = json.loads((out / "run.json").read_text())
-    assert record["provenance"]["quality"] == "failed" and any("above 1.1, the 99th percentile of" in w for w in record["warnings"])
+    assert record["provenance"]["quality"] == "failed" and any("above 1.1, the highest of 9 slices of" in w for w in record["warnings"])
     assert record["trust"]["quality"]["above"] == [1] and record["trust"]["quality"]["chi2"][0] > 2 and record["trust"]["prior"]["rms"] > 0
     assert set(record["profile"]) == {"prior", "h", "operators", "rest"}
     assert "CHECK FAILED" in (out / "report.html").read_text("utf-8")
