@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deft_med import bundle, guidance, metrics, peers
+from deft_med import bundle, finetune, guidance, metrics, peers
 from deft_med.bundle import Model
 from deft_med.errors import UsageError
-from deft_med.finetune import sample_online
 from deft_med.kinds import trained
 from deft_med.likelihood import Gaussian
 from deft_med.meter import Meter
@@ -90,8 +89,8 @@ class Bench:
             return f"{method}: skipped, the problem has only {', '.join(problem.classical)} of the classical methods"
         if entry.name in GUIDED and (why := guidance.unsuited(entry.name, GUIDED[entry.name], likelihood)):
             return f"{method}: skipped, {why}"
-        if entry.name == "deft-online" and not isinstance(likelihood, Gaussian):
-            return f"{method}: skipped, it was tried with linear forward models and Gaussian noise only, not {type(likelihood).__name__}"
+        if entry.name == "deft-online" and (why := finetune.unsuited(likelihood)):
+            return f"{method}: skipped, {why}"
         if entry.name in TRAINED and not isinstance(likelihood, Gaussian | Transmission):
             return f"{method}: skipped, its network was fed backprojections or SENSE images, and {type(likelihood).__name__} has none"
         return ""
@@ -170,8 +169,9 @@ class Bench:
         model = self._model(entry)
         if entry.name == "deft-online":
             said = {**ONLINE, **entry.settings}
-            return sample_online(model.deft.prior, self._fed(likelihood, model.filter, model.inverse), iterations=int(said["iterations"]),
-                                 rate=said["rate"], seed=self.seed, generator=slice_generator(self.seed, 0, purpose="sample"))
+            return finetune.sample_online(model.deft.prior, self._fed(likelihood, model.filter, model.inverse), rate=said["rate"],
+                                          iterations=int(said["iterations"]), seed=self.seed,
+                                          generator=slice_generator(self.seed, 0, purpose="sample"))
         if entry.name in GUIDED:
             settings = {key: value for key, value in entry.settings.items() if key != "steps"}
             if "sd" in GUIDED[entry.name].settings:

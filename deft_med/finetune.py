@@ -262,6 +262,12 @@ def sample_online(prior: Denoiser, likelihood: Gaussian, *, generator: Generator
     return image
 
 
+def unsuited(likelihood: object) -> str:
+    """Why `online` cannot take a likelihood, or nothing."""
+    return "" if isinstance(likelihood, Gaussian) else (
+        f"deft-online was tried with linear forward models and Gaussian noise only, not {type(likelihood).__name__}")
+
+
 def online_evaluations(iterations: int) -> int:
     """Of the prior, for one image of `sample_online`: pairs of paths out and back, and the image's own."""
     return LEVELS * (4 * iterations + 1)

@@ -189,5 +189,7 @@ class Gaussian(Likelihood):
         """The likelihood of other items of the batch: repeated ones for several samples of a slice."""
         count = self.count[index] if isinstance(self.count, Tensor) else self.count
         seen = self.seen if self.seen is None or len(self.seen) == 1 else self.seen[index]
-        return Gaussian(self.forward.take(index), self.y[index], self.sigma[index], self.inverse, count=count, ratio=self.ratio,
+        made = Gaussian(self.forward.take(index), self.y[index], self.sigma[index], self.inverse, count=count, ratio=self.ratio,
                         seen=seen, s_img=self.s_img[index])
+        made.__dict__ |= {name: vars(self)[name][index] for name in ("_found", "_pulled") if name in vars(self)}  # known already
+        return made

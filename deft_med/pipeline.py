@@ -12,7 +12,7 @@ from torch import Tensor
 from deft_med import metrics, trust
 from deft_med.bundle import Model
 from deft_med.errors import UsageError
-from deft_med.finetune import ITERATIONS, sample_online
+from deft_med.finetune import ITERATIONS, sample_online, unsuited
 from deft_med.guidance import dds
 from deft_med.likelihood import Gaussian
 from deft_med.network import use_half
@@ -225,8 +225,8 @@ def solve(problem: Problem, method: str, model: Model | None, *, steps: int, sam
         return u[:, None], warning
     assert model is not None
     if method == "deft-online":
-        if not isinstance(problem.likelihood, Gaussian):
-            raise UsageError("deft-online was tried with linear forward models and Gaussian noise only: choose --method deft")
+        if why := unsuited(problem.likelihood):
+            raise UsageError(f"{why}: choose --method deft")
         return sample_online(model.deft.prior, problem.likelihood, iterations=ITERATIONS, seed=seed + index, progress=progress,
                              generator=slice_generator(seed, index, 0, purpose="sample"))[:, None], ""
     return draw_posterior(problem.likelihood, model, steps=steps, samples=samples, seed=seed, first=index, zeta=zeta, progress=progress,

@@ -116,3 +116,12 @@ def test_the_phase_of_tissue_turns_what_is_bright_and_nothing_else() -> None:
     # not a smooth one: a scan's own low resolution image does not take it out
     plain, turned = (complex_images(magnitude, seeded(), tissue) for tissue in (1e-9, 1.0))
     assert turned[:, 1].square().mean() > 2 * plain[:, 1].square().mean()
+
+
+def test_what_is_known_of_an_item_goes_with_it() -> None:
+    u = complex_images(disks(), seeded())
+    likelihood = KSpace(64, FEW).draw(u, torch.ones(2), seeded(1))
+    before = likelihood.residual(u)[[1, 1]], likelihood.score(u)[[1, 1]]
+    twice = likelihood.take(torch.tensor([1, 1]))
+    for far, near in zip(before, (twice.residual(u[[1, 1]]), twice.score(u[[1, 1]])), strict=True):
+        torch.testing.assert_close(near, far)

@@ -246,5 +246,5 @@ def test_an_h_for_one_scan_makes_one_sample(model: Model, monkeypatch: pytest.Mo
     np.testing.assert_array_equal(again.volume.data, result.volume.data)
     with pytest.raises(UsageError, match="method deft-online wants a model"):
         reconstruct(scan, method="deft-online")
-    with pytest.raises(UsageError, match="Gaussian noise only: choose --method deft"):
+    with pytest.raises(UsageError, match="not Transmission: choose --method deft"):
         reconstruct(simulate(head(1), dataclasses.replace(PROTOCOL, noise=Noise(photons=1e4, counts=True))), model, method="deft-online")
